@@ -1,0 +1,35 @@
+"""jd_hpc: a job dispatcher for many independent jobs and an MPI allocation."""
+
+from jd_hpc.dispatcher import JobDispatcher
+from jd_hpc.errors import (
+    FamilyError,
+    JdError,
+    JobError,
+    KernelError,
+    LaunchError,
+    MPIError,
+    PayloadError,
+    ProtocolError,
+    RanksDisagreeError,
+    SlaveError,
+)
+from jd_hpc.machine import LocalMachine, MPIMachine
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FamilyError",
+    "JdError",
+    "JobDispatcher",
+    "JobError",
+    "KernelError",
+    "LaunchError",
+    "LocalMachine",
+    "MPIError",
+    "MPIMachine",
+    "PayloadError",
+    "ProtocolError",
+    "RanksDisagreeError",
+    "SlaveError",
+    "__version__",
+]

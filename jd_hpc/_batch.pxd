@@ -1,0 +1,54 @@
+"""Rows, buffers and the evaluation of a batch, for the compiled core. No MPI."""
+from libc.stdint cimport int32_t, int64_t
+cimport numpy as cnp
+
+ctypedef int32_t (*kernel_t)(const void *job, void *result, void *user_data) noexcept nogil
+
+
+cdef enum:
+    MOST_AXES = 16
+
+
+cdef class Rows:
+    cdef readonly object dtype          # the row's dtype, as declared
+    cdef readonly object base           # its elements' dtype
+    cdef readonly tuple shape           # the row's shape, () for scalars and records
+    cdef readonly int64_t row_bytes
+    cdef int axes
+    cdef cnp.npy_intp lengths[MOST_AXES]
+    cdef bint is_double                 # a plain native float64: the commonest result
+    cdef int put(self, char *where, object value, str what) except -1
+    cdef bint same_kind(self, cnp.ndarray array) noexcept
+    cdef bint same_shape(self, cnp.ndarray array, int lead) noexcept
+    cdef cnp.ndarray as_block(self, object value, str what)
+    cdef object take(self, const char *where)
+
+
+cdef class Buffer:
+    cdef readonly cnp.ndarray memory    # uint8, owns the bytes
+    cdef readonly cnp.ndarray rows      # the same bytes from `offset` on as rows, or None
+    cdef char *data
+    cdef readonly int64_t size
+    cdef Rows codec
+    cdef readonly int64_t offset
+    cdef bint writeable
+    cdef bint kept(self) noexcept
+    cdef Buffer like(self)
+    cdef Buffer unshared(self)
+
+
+cdef class Evaluator:
+    cdef object process_job
+    cdef object process_jobs            # None: use the single form
+    cdef Rows job_rows                  # None: objects
+    cdef Rows result_rows
+    cdef bint allow_nan
+    cdef readonly object kernel         # what the user gave, kept alive; None: Python hooks
+    cdef kernel_t function
+    cdef void *user_data
+    cdef int _singly(self, object jobs, int count, Buffer out, list results, list failures) except -1
+    cdef int _block(self, object jobs, int count, Buffer out, list results, list failures) except -1
+    cdef int _kernel(self, object jobs, int count, Buffer out, list failures) except -1
+    cdef int _check_nan(self, int count, Buffer out, list failures) except -1
+    cdef int run_kernel(self, const char *jobs, char *results, int count, int32_t *codes) noexcept nogil
+    cpdef list evaluate(self, object jobs, int count, Buffer out, list results)

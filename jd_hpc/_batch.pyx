@@ -1,0 +1,260 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+"""Rows of numbers, the buffers they travel in, and the evaluation of a batch of jobs. No MPI.
+
+The rules it keeps:
+
+- A hook may keep whatever it is given. A buffer that somebody still refers to (`Buffer.kept`) is left to them and replaced,
+  so nothing is ever copied in case somebody might.
+- What a hook returns either is exactly what was declared, or is refused (payload.py): never cut, broadcast or wrapped.
+"""
+from cpython.object cimport PyObject, PyTypeObject
+from cpython.ref cimport Py_INCREF, Py_REFCNT
+from libc.stdint cimport int32_t, int64_t, uintptr_t
+from libc.string cimport memcpy, memset
+cimport numpy as cnp
+
+import numpy as np
+
+from jd_hpc.errors import KernelError, PayloadError
+from jd_hpc.payload import as_rows, check_finite
+
+cdef extern from "numpy/arrayobject.h":
+    object PyArray_Scalar(void *data, cnp.PyArray_Descr *dtype, PyObject *base)  # base NULL: copies the data
+    bint PyArray_EquivTypes(cnp.PyArray_Descr *one, cnp.PyArray_Descr *other)
+
+    object PyArray_NewFromDescr(PyTypeObject *subtype, cnp.PyArray_Descr *dtype, int axes, const cnp.npy_intp *lengths,
+                                const cnp.npy_intp *strides, void *data, int flags, PyObject *like)
+
+cnp.import_array()
+
+
+cdef class Rows:
+    """How one row of a numeric payload lies in memory.
+
+    Parameters
+    ----------
+    dtype : numpy.dtype
+        The row's dtype; a subarray dtype gives the row a shape.
+    """
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+        self.base = dtype.base
+        self.shape = dtype.shape
+        self.row_bytes = dtype.itemsize
+        self.axes = len(dtype.shape)
+        if self.axes > MOST_AXES:
+            raise PayloadError("a row of %s has %d axes; more than %d are not supported" % (dtype, self.axes, MOST_AXES))
+        for axis, length in enumerate(dtype.shape):
+            self.lengths[axis] = length
+        self.is_double = dtype == np.dtype("f8") and dtype.isnative
+
+    cdef int put(self, char *where, object value, str what) except -1:
+        """Write one row to `where`, or raise PayloadError, which says `what` it was."""
+        cdef cnp.ndarray array
+        if self.is_double and isinstance(value, float):
+            (<double *> where)[0] = value
+            return 0
+        if cnp.PyArray_CheckExact(value):
+            array = value
+            if cnp.PyArray_NBYTES(array) == self.row_bytes and cnp.PyArray_IS_C_CONTIGUOUS(array) \
+                    and self.same_kind(array) and self.same_shape(array, 0):
+                memcpy(where, cnp.PyArray_DATA(array), self.row_bytes)
+                return 0
+        array = as_rows(value, self.dtype, (), what)
+        memcpy(where, cnp.PyArray_DATA(array), self.row_bytes)
+        return 0
+
+    cdef bint same_kind(self, cnp.ndarray array) noexcept:
+        cdef cnp.PyArray_Descr *given = cnp.PyArray_DESCR(array)
+        return given == <cnp.PyArray_Descr *> self.base or PyArray_EquivTypes(given, <cnp.PyArray_Descr *> self.base)
+
+    cdef bint same_shape(self, cnp.ndarray array, int lead) noexcept:
+        """Whether the array has the row's shape behind its first `lead` axes."""
+        cdef int axis
+        if cnp.PyArray_NDIM(array) != lead + self.axes:
+            return False
+        for axis in range(self.axes):
+            if cnp.PyArray_DIM(array, lead + axis) != self.lengths[axis]:
+                return False
+        return True
+
+    cdef object take(self, const char *where):
+        """A copy of the row at `where`, as indexing an array of rows would give it: a scalar, a record or an array."""
+        cdef cnp.ndarray array
+        if self.axes == 0:
+            return PyArray_Scalar(<void *> where, <cnp.PyArray_Descr *> self.base, NULL)
+        Py_INCREF(self.base)  # PyArray_NewFromDescr takes this reference over
+        array = PyArray_NewFromDescr(<PyTypeObject *> cnp.ndarray, <cnp.PyArray_Descr *> self.base, self.axes, self.lengths, NULL, NULL, 0, NULL)
+        memcpy(cnp.PyArray_DATA(array), where, self.row_bytes)
+        return array
+
+    cdef cnp.ndarray as_block(self, object value, str what):
+        """`value` as a contiguous array of rows, itself if it is one, or PayloadError."""
+        cdef cnp.ndarray array
+        if cnp.PyArray_CheckExact(value):
+            array = value
+            if cnp.PyArray_IS_C_CONTIGUOUS(array) and self.same_kind(array) and self.same_shape(array, 1):
+                return array
+        return as_rows(value, self.dtype, (len(value),), what)
+
+
+cdef class Buffer:
+    """Bytes that MPI reads or writes, and the rows in them.
+
+    Parameters
+    ----------
+    size : int
+        Bytes.
+    codec : Rows or None
+        Whose rows lie in it, from byte `offset` on.
+    writeable : bool
+        Whether a hook may write to the rows.
+    """
+
+    def __init__(self, int64_t size, Rows codec=None, int64_t offset=0, bint writeable=False):
+        self.size = size
+        self.codec = codec
+        self.offset = offset
+        self.writeable = writeable
+        self.memory = np.empty(size, "u1")
+        self.data = <char *> cnp.PyArray_DATA(self.memory)
+        self.rows = None
+        if codec is not None:
+            self.memory.flags.writeable = writeable
+            self.rows = np.ndarray(((size - offset) // codec.row_bytes,), codec.dtype, self.memory, offset)
+
+    cdef bint kept(self) noexcept:
+        """Whether anybody else still refers to these bytes."""
+        if self.rows is None:
+            return Py_REFCNT(self.memory) > 1
+        return Py_REFCNT(self.memory) > 2 or Py_REFCNT(self.rows) > 1
+
+    cdef Buffer like(self):
+        """A fresh one of the same kind."""
+        return Buffer(self.size, self.codec, self.offset, self.writeable)
+
+    cdef Buffer unshared(self):
+        """Itself, or a fresh one if somebody holds this one."""
+        return self.like() if self.kept() else self
+
+
+cdef class Evaluator:
+    """Runs the jobs of a batch through the user's hooks, or through the compiled kernel.
+
+    Parameters
+    ----------
+    process_job, process_jobs : callable
+        The hooks; `process_jobs` is None where the single form is to be used.
+    job_rows, result_rows : Rows or None
+        None stands for Python objects.
+    allow_nan : bool
+        Whether results may contain NaN.
+    kernel : None or (object, int, int)
+        What keeps the kernel alive, its address, and the address of its user data.
+    """
+
+    def __init__(self, process_job, process_jobs, Rows job_rows, Rows result_rows, bint allow_nan, kernel=None):
+        self.process_job = process_job
+        self.process_jobs = process_jobs
+        self.job_rows = job_rows
+        self.result_rows = result_rows
+        self.allow_nan = allow_nan
+        self.kernel = kernel
+        self.function = NULL
+        self.user_data = NULL
+        if kernel is not None:
+            self.function = <kernel_t> <uintptr_t> kernel[1]
+            self.user_data = <void *> <uintptr_t> kernel[2]
+
+    cdef int run_kernel(self, const char *jobs, char *results, int count, int32_t *codes) noexcept nogil:
+        """Call the kernel for every row; note what it returned, and return how many calls failed."""
+        cdef int i, failed = 0
+        cdef int64_t job_bytes = self.job_rows.row_bytes, result_bytes = self.result_rows.row_bytes
+        for i in range(count):
+            codes[i] = self.function(jobs + i * job_bytes, results + i * result_bytes, self.user_data)
+            if codes[i] != 0:
+                failed += 1
+                memset(results + i * result_bytes, 0, result_bytes)
+        return failed
+
+    cpdef list evaluate(self, object jobs, int count, Buffer out, list results):
+        """Run the first `count` of `jobs`.
+
+        Numeric results are written to the rows of `out`, objects to the list `results` (of length `count`). Returns the failures as
+        (offset, exception). KeyboardInterrupt is not a job's failure: it passes through.
+        """
+        cdef list failures = []
+        if self.function != NULL:
+            self._kernel(jobs, count, out, failures)
+        elif self.process_jobs is not None:
+            self._block(jobs, count, out, results, failures)
+        else:
+            self._singly(jobs, count, out, results, failures)
+        return failures
+
+    cdef int _singly(self, object jobs, int count, Buffer out, list results, list failures) except -1:
+        cdef int i
+        cdef char *where
+        cdef object result
+        for i in range(count):
+            try:
+                result = self.process_job(jobs[i])
+                if self.result_rows is None:
+                    results[i] = result
+                else:
+                    where = out.data + out.offset + i * self.result_rows.row_bytes
+                    self.result_rows.put(where, result, "what process_job returned")
+                    if not self.allow_nan:
+                        check_finite(out.rows[i:i + 1], "what process_job returned")
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
+                failures.append((i, error))
+        return 0
+
+    cdef int _block(self, object jobs, int count, Buffer out, list results, list failures) except -1:
+        """A block that raises fails as a whole: nobody can tell which of its jobs did it."""
+        cdef int i
+        try:
+            self.process_jobs(jobs[:count], results if self.result_rows is None else out.rows[:count])
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            failures.extend([(i, error) for i in range(count)])
+            return 0
+        if self.result_rows is None:
+            if len(results) != count:
+                error = ValueError("process_jobs changed the length of results from %d to %d" % (count, len(results)))
+                failures.extend([(i, error) for i in range(count)])
+        else:
+            self._check_nan(count, out, failures)
+        return 0
+
+    cdef int _kernel(self, object jobs, int count, Buffer out, list failures) except -1:
+        cdef cnp.ndarray rows = jobs
+        cdef int32_t[::1] codes = np.zeros(count, "i4")
+        cdef char *where = <char *> cnp.PyArray_DATA(rows)
+        cdef int failed
+        with nogil:
+            failed = self.run_kernel(where, out.data + out.offset, count, &codes[0])
+        if failed:
+            failures.extend(kernel_failures(codes[:count]))
+        self._check_nan(count, out, failures)
+        return 0
+
+    cdef int _check_nan(self, int count, Buffer out, list failures) except -1:
+        cdef int i
+        if self.allow_nan:
+            return 0
+        for i in range(count):
+            try:
+                check_finite(out.rows[i:i + 1], "the result")
+            except ValueError as error:
+                failures.append((i, error))
+        return 0
+
+
+def kernel_failures(codes):
+    """The failures of a kernel's calls, as (offset, exception), from what the calls returned."""
+    return [(i, KernelError("the kernel returned %d" % code)) for i, code in enumerate(codes) if code]

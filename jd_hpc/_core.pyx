@@ -1,0 +1,329 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+"""The compiled core: moves jobs and results by MPI, with no policy of its own.
+
+The rules it keeps:
+
+- Nothing blocks: every send and receive is posted and tested. A buffer belongs to its request until that completes.
+- Only messages of up to MESSAGE_BYTES meet a wildcard; a longer payload is announced by its header and received from that one source.
+- Arrays of numbers pass through without the GIL; whatever needs Python takes it once for a batch of messages.
+- An idle rank spins briefly, then yields, then sleeps with growing pauses; whenever it sleeps it looks for signals.
+- Every MPI return code passes `check`.
+
+One C source serves every MPI family: setup.py names the module _core_<family>; machine.py loads the one that fits mpi4py's MPI.
+"""
+from cpython.exc cimport PyErr_CheckSignals
+from libc.stdint cimport int32_t, int64_t, uintptr_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memmove, memset
+from posix.time cimport nanosleep, timespec
+cimport numpy as cnp
+from mpi4py.libmpi cimport *
+
+from jd_hpc._batch cimport Buffer, Evaluator, Rows
+from jd_hpc.scheduler cimport VERDICT_DELIVER, Scheduler
+from jd_hpc.wire cimport *
+
+import numpy as np
+
+from jd_hpc._batch import kernel_failures
+from jd_hpc.errors import Failure, JobError, MPIError, PayloadError, ProtocolError, RanksDisagreeError, SlaveError
+from jd_hpc.payload import check_finite, pack, pack_into, unpack
+from jd_hpc.wire import padded_bytes
+
+cnp.import_array()
+
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
+cdef enum:
+    # An idle rank polls this often, then yields this often, then sleeps: on the benchmark's machine 200 polls are about 10 us
+    SPIN_POLLS = 200
+    YIELD_POLLS = 200
+    SLEEP_FIRST_NS = 10_000
+    SLEEP_MOST_NS = 500_000
+    BUSY_POLLS_PER_SIGNAL_CHECK = 1 << 14
+    # rows up to this size are copied out for the single hooks: keeping one must not keep a whole message
+    COPY_ROW_BYTES = 4096
+
+cdef struct Outgoing:
+    char *data              # header and payload, one piece of memory
+    MPI_Request head        # the message: the header, and the payload where it fits
+    MPI_Request body        # the payload where it does not
+
+cdef struct Body:
+    MPI_Request request
+    Header header
+    int source
+
+
+cdef int check(int code) except -1 nogil:
+    """The one gate for MPI return codes."""
+    if code == MPI_SUCCESS:
+        return 0
+    with gil:
+        raise_mpi_error(code)
+    return -1
+
+
+cdef int raise_mpi_error(int code) except -1:
+    cdef char text[MPI_MAX_ERROR_STRING + 1]
+    cdef int length = 0
+    memset(text, 0, sizeof(text))
+    MPI_Error_string(code, text, &length)  # its own failure leaves an empty text
+    raise MPIError("MPI reports error %d: %s" % (code, text[:length].decode("utf-8", "replace")))
+
+
+cdef class Link:
+    """What master and slave share: posted receives, bodies on their way, sends, and the pause of an idle rank."""
+    cdef MPI_Comm comm
+    cdef MPI_Datatype unit              # UNIT_BYTES bytes: how the longest bodies are counted
+    cdef readonly int rank
+    cdef readonly int size
+    cdef readonly int64_t run
+    cdef int64_t payload_limit
+    cdef readonly int64_t dropped       # messages that were not of this run, or none of ours
+    cdef readonly list early            # messages of the next run, from a rank that is ahead: (source, bytes)
+    # posted receives of messages
+    cdef int source                     # MPI_ANY_SOURCE on the master, 0 on a slave
+    cdef int posted
+    cdef MPI_Request *receives
+    cdef MPI_Status *statuses
+    cdef int *completed
+    cdef list messages                  # their Buffers
+    cdef char **message_data
+    cdef Rows message_rows              # what lies in an inline payload
+    # bodies on their way in
+    cdef int body_limit
+    cdef int body_count
+    cdef Body *bodies
+    cdef list body_buffers
+    cdef int *body_turn                 # for each rank: bodies sent to it so far, which gives the next one's tag
+    # the pause of an idle rank
+    cdef int64_t idle_polls
+    cdef int64_t pause_ns
+    cdef int64_t polls
+
+    def __cinit__(self, uintptr_t handle, int64_t run, *args, **kwargs):
+        self.comm = <MPI_Comm> handle
+        self.unit = MPI_DATATYPE_NULL
+        check(MPI_Comm_rank(self.comm, &self.rank))
+        check(MPI_Comm_size(self.comm, &self.size))
+        check(MPI_Type_contiguous(UNIT_BYTES, MPI_BYTE, &self.unit))
+        check(MPI_Type_commit(&self.unit))
+        self.run = run
+        self.payload_limit = UNIT_FROM_BYTES
+        self.messages = []
+        self.early = []
+        self.body_buffers = []
+        self.body_turn = <int *> calloc(self.size, sizeof(int))
+        if self.body_turn == NULL:
+            raise MemoryError()
+
+    def __dealloc__(self):
+        cdef int finalized = 0
+        free(self.receives)
+        free(self.statuses)
+        free(self.completed)
+        free(self.message_data)
+        free(self.bodies)
+        free(self.body_turn)
+        MPI_Finalized(&finalized)  # a failure here leaves 0, and the type is freed
+        if not finalized and self.unit != MPI_DATATYPE_NULL:
+            MPI_Type_free(&self.unit)  # nobody is left to hear of an error
+
+    cdef int post(self, int source, int posted, int body_limit, Rows rows) except -1:
+        """Post the receives. `rows` is what inline payloads hold, or None."""
+        cdef int i
+        self.source = source
+        self.body_limit = body_limit
+        self.message_rows = rows
+        self.receives = <MPI_Request *> calloc(posted, sizeof(MPI_Request))
+        self.statuses = <MPI_Status *> calloc(max(posted, body_limit), sizeof(MPI_Status))
+        self.completed = <int *> calloc(max(posted, body_limit), sizeof(int))
+        self.message_data = <char **> calloc(posted, sizeof(char *))
+        self.bodies = <Body *> calloc(body_limit, sizeof(Body))
+        if not (self.receives and self.statuses and self.completed and self.message_data and self.bodies):
+            raise MemoryError()
+        self.body_buffers = [None] * body_limit
+        for i in range(posted):
+            self.messages.append(None)
+            self.renew_message(i)
+            self.receives[i] = MPI_REQUEST_NULL
+        self.posted = posted
+        for i in range(posted):
+            self.repost(i)
+        return 0
+
+    cdef int renew_message(self, int i) except -1:
+        cdef Buffer buffer = Buffer(MESSAGE_BYTES, self.message_rows, HEADER_BYTES)
+        self.messages[i] = buffer
+        self.message_data[i] = buffer.data
+        return 0
+
+    cdef int repost(self, int i) except -1 nogil:
+        return check(MPI_Irecv(self.message_data[i], MESSAGE_BYTES, MPI_BYTE, self.source, TAG_MESSAGE, self.comm, &self.receives[i]))
+
+    cdef int poll(self) except -1 nogil:
+        """How many messages came in; `completed` names their receives, which are to be reposted."""
+        cdef int count = 0
+        check(MPI_Testsome(self.posted, self.receives, &count, self.completed, self.statuses))
+        return 0 if count == MPI_UNDEFINED else count
+
+    cdef bint is_ours(self, int k) except -1 nogil:
+        """Whether the k-th completed message belongs to this run and is whole."""
+        cdef int bytes_in = 0
+        cdef char *data = self.message_data[self.completed[k]]
+        cdef Header *header = <Header *> data
+        check(MPI_Get_count(&self.statuses[k], MPI_BYTE, &bytes_in))
+        if bytes_in >= HEADER_BYTES and header.magic == MAGIC and header.body_bytes >= 0 \
+                and (header.body_bytes > INLINE_BYTES or bytes_in == HEADER_BYTES + header.body_bytes):
+            if header.run == self.run:
+                return True
+            if header.run > self.run:
+                with gil:
+                    self.early.append((self.statuses[k].MPI_SOURCE, data[:bytes_in]))
+                return False
+        self.dropped += 1
+        return False
+
+    # ---- bodies --------------------------------------------------------------------------------------------------
+
+    cdef int expect_body(self, Header *header, int source, Rows rows) except -1:
+        """Receive a body that was announced, into a buffer of its own."""
+        cdef Buffer buffer
+        cdef int64_t wanted = padded_bytes(header.body_bytes)
+        cdef int i = self.body_count
+        if header.body_bytes > self.payload_limit:
+            raise PayloadError(
+                f"rank {source} sends a payload of {header.body_bytes} bytes, over payload_limit = {self.payload_limit}; raise payload_limit"
+            )
+        if i == self.body_limit:
+            raise ProtocolError(f"rank {source} announces a body while {i} are on their way: more than all the credit given out")
+        if not TAG_BODY <= header.body_tag < TAG_BODY + TAG_BODY_COUNT:
+            raise ProtocolError(f"rank {source} announces a body with tag {header.body_tag}")
+        buffer = Buffer(wanted, rows, 0)
+        self.body_buffers[i] = buffer
+        self.bodies[i].header = header[0]
+        self.bodies[i].source = source
+        check(self.transfer(buffer.data, header.body_bytes, source, header.body_tag, &self.bodies[i].request, False))
+        self.body_count += 1
+        return 0
+
+    cdef int transfer(self, char *data, int64_t body_bytes, int other, int tag, MPI_Request *request, bint out) noexcept nogil:
+        """Isend or Irecv a body. From UNIT_FROM_BYTES on it is counted in units: the buffer is padded to whole ones."""
+        cdef MPI_Datatype kind = MPI_BYTE
+        cdef int count = <int> body_bytes
+        if body_bytes >= UNIT_FROM_BYTES:
+            kind = self.unit
+            count = <int> ((body_bytes + UNIT_BYTES - 1) // UNIT_BYTES)
+        if out:
+            return MPI_Isend(data, count, kind, other, tag, self.comm, request)
+        return MPI_Irecv(data, count, kind, other, tag, self.comm, request)
+
+    cdef int finished_body(self) except -2 nogil:
+        """Which body is complete, or -1. The caller takes it out with `take_body`."""
+        cdef int i, flag = 0
+        for i in range(self.body_count):
+            check(MPI_Test(&self.bodies[i].request, &flag, MPI_STATUS_IGNORE))
+            if flag:
+                return i
+        return -1
+
+    cdef Buffer take_body(self, int i):
+        """Take a complete body out of the table; the last one fills the gap."""
+        cdef Buffer buffer = self.body_buffers[i]
+        self.body_count -= 1
+        self.bodies[i] = self.bodies[self.body_count]
+        self.body_buffers[i] = self.body_buffers[self.body_count]
+        self.body_buffers[self.body_count] = None
+        return buffer
+
+    # ---- sends ---------------------------------------------------------------------------------------------------
+
+    cdef int send(self, Outgoing *out, int dest) except -1 nogil:
+        """Send what lies at `out.data`: a header (magic, run and tag are filled in here) and its payload."""
+        cdef Header *header = <Header *> out.data
+        header.magic = MAGIC
+        header.run = self.run
+        if header.body_bytes <= INLINE_BYTES:
+            return check(MPI_Isend(out.data, HEADER_BYTES + <int> header.body_bytes, MPI_BYTE, dest, TAG_MESSAGE, self.comm, &out.head))
+        header.body_tag = TAG_BODY + self.body_turn[dest] % TAG_BODY_COUNT
+        self.body_turn[dest] += 1
+        check(MPI_Isend(out.data, HEADER_BYTES, MPI_BYTE, dest, TAG_MESSAGE, self.comm, &out.head))
+        return check(self.transfer(out.data + HEADER_BYTES, header.body_bytes, dest, header.body_tag, &out.body, True))
+
+    cdef bint is_sent(self, Outgoing *out) except -1 nogil:
+        cdef int flag = 1
+        if out.head != MPI_REQUEST_NULL:
+            check(MPI_Test(&out.head, &flag, MPI_STATUS_IGNORE))
+        if flag and out.body != MPI_REQUEST_NULL:
+            check(MPI_Test(&out.body, &flag, MPI_STATUS_IGNORE))
+        return flag != 0
+
+    cdef Buffer packed(self, object value, str what, int64_t room_before=0):
+        """A buffer with space for a header and `room_before` bytes, then `value` pickled."""
+        frames, size = pack(value, what)
+        if size > self.payload_limit:
+            raise PayloadError(f"{what} takes {size} bytes, over payload_limit = {self.payload_limit}; split it, or raise payload_limit")
+        cdef Buffer buffer = Buffer(HEADER_BYTES + padded_bytes(room_before + size))
+        memset(buffer.data, 0, HEADER_BYTES)
+        pack_into(frames, buffer.memory[HEADER_BYTES + room_before:])
+        (<Header *> buffer.data).body_bytes = room_before + size
+        return buffer
+
+    # ---- pauses and the end ---------------------------------------------------------------------------------------
+
+    cdef int rest(self, bint busy) except -1 nogil:
+        """To be called once for every poll: pauses when there was nothing to do, and lets Python's signal handlers run."""
+        cdef timespec pause
+        if busy:
+            self.idle_polls = 0
+            self.pause_ns = SLEEP_FIRST_NS
+            self.polls += 1
+            if self.polls % BUSY_POLLS_PER_SIGNAL_CHECK == 0:
+                with gil:
+                    PyErr_CheckSignals()
+            return 0
+        self.idle_polls += 1
+        if self.idle_polls <= SPIN_POLLS:
+            return 0
+        if self.idle_polls <= SPIN_POLLS + YIELD_POLLS:
+            sched_yield()  # cannot fail on Linux
+            return 0
+        pause.tv_sec = 0
+        pause.tv_nsec = self.pause_ns
+        nanosleep(&pause, NULL)  # a signal that cuts it short is looked at next
+        self.pause_ns = min(2 * self.pause_ns, <int64_t> SLEEP_MOST_NS)
+        with gil:
+            PyErr_CheckSignals()
+        return 0
+
+    cdef int unpost(self) except -1:
+        """Take back the receives. One may just have matched a message of the next run: that is kept."""
+        cdef int i, cancelled = 0
+        for i in range(self.posted):
+            if self.receives[i] == MPI_REQUEST_NULL:
+                continue
+            check(MPI_Cancel(&self.receives[i]))
+            check(MPI_Wait(&self.receives[i], &self.statuses[0]))
+            check(MPI_Test_cancelled(&self.statuses[0], &cancelled))
+            if not cancelled:
+                self.completed[0] = i
+                self.is_ours(0)
+        self.posted = 0
+        return 0
+
+
+def layout():
+    """Sizes and numbers of the compiled wire format, for the test that holds wire.py to them."""
+    return {
+        "HEADER_BYTES": HEADER_BYTES, "MESSAGE_BYTES": MESSAGE_BYTES, "INLINE_BYTES": INLINE_BYTES, "MAGIC": MAGIC,
+        "PROTOCOL": PROTOCOL, "TAG_MESSAGE": TAG_MESSAGE, "TAG_BODY": TAG_BODY, "TAG_BODY_COUNT": TAG_BODY_COUNT,
+        "UNIT_BYTES": UNIT_BYTES, "UNIT_FROM_BYTES": UNIT_FROM_BYTES, "sizeof": sizeof(Header),
+        "KINDS": {"READY": KIND_READY, "JOBS": KIND_JOBS, "RESULTS": KIND_RESULTS, "STOP": KIND_STOP, "BYE": KIND_BYE,
+                  "INTERRUPT": KIND_INTERRUPT, "ERROR": KIND_ERROR},
+    }
+
+
+include "_slave.pxi"
+include "_master.pxi"

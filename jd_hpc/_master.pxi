@@ -1,0 +1,635 @@
+# The master's side of _core.pyx: gives jobs out, takes results in, and calls the user's hooks for batches of them.
+
+cdef enum:
+    POSTED_LEAST = 8            # receives posted: few, so that Testsome is short, but enough for a poll's worth of answers
+    POSTED_MOST = 64
+    FETCH_MOST = 64             # batches asked of next_job before results are looked at again
+    COLLECT_ROWS = 1024         # results in small messages are handed over at the latest when there are so many
+    COLLECT_BYTES = 1 << 20
+    BLOCK_PATIENCE_POLLS = 64   # ... or after so many polls without a message
+
+cdef list aside = []  # buffers of sends that never completed: MPI may read them until the process ends
+
+
+cdef class Master(Link):
+    """Rank 0: gives out jobs and takes results in.
+
+    Parameters
+    ----------
+    handle : int
+        The communicator's MPI handle; it must be ours alone, with errors returned.
+    run : int
+        Number of the run on this communicator.
+    """
+    cdef readonly Scheduler scheduler
+    cdef readonly int slave_count       # ranks 1 .. slave_count are used; the others wait for the end
+    cdef object plan
+    cdef Rows job_rows
+    cdef Rows result_rows
+    cdef int grain
+    cdef int read_ahead                 # batches asked for before a slave is free
+    cdef int local_below                # with fewer slaves than this the master works itself
+    cdef bint allow_nan
+    cdef Evaluator evaluator
+    cdef int64_t next_index             # number of the next job
+    cdef bint exhausted                 # the user has no job now; asked again once results were delivered
+    # slots: what the ledger's batches are made of
+    cdef Outgoing *slots
+    cdef list slot_buffers
+    cdef list slot_jobs                 # the objects, where jobs are objects
+    # results in small messages, collected without the GIL
+    cdef bint collects
+    cdef int collected
+    cdef int collect_limit
+    cdef Buffer collected_indices
+    cdef Buffer collected_jobs
+    cdef Buffer collected_results
+    # all other results
+    cdef list parcels                   # (slot, slave, results, {offset: Failure})
+    cdef bint in_blocks                 # process_results takes them
+    cdef bint tells_sent                # these hooks are overridden
+    cdef bint tells_result
+    cdef bint tells_idle
+    cdef bint attention                 # there are parcels, or a failure
+    cdef object failure                 # what a slave reported: raised by run_jobs
+    cdef bint stopping
+    cdef int *said_bye                  # for each rank
+
+    def __cinit__(self, uintptr_t handle, int64_t run):
+        self.said_bye = <int *> calloc(self.size, sizeof(int))
+        if self.said_bye == NULL:
+            raise MemoryError()
+        self.parcels = []
+
+    def __dealloc__(self):
+        free(self.slots)
+        free(self.said_bye)
+
+    def begin(self, plan, int slave_count, list early):
+        """Post the receives and lay out the slots. Without a plan the master can only tell the slaves to stop."""
+        cdef int credit = plan.credit if plan else 1
+        cdef int limit = max(1, slave_count * credit)
+        self.slave_count = slave_count
+        if plan:
+            self.job_rows, self.result_rows = plan.job_rows, plan.result_rows
+            self.payload_limit = plan.payload_limit
+        # a body on its way for every batch given out, and for what each rank says besides
+        self.post(MPI_ANY_SOURCE, min(max(POSTED_LEAST, limit), <int> POSTED_MOST), limit + 2 * self.size, self.result_rows)
+        if not plan:
+            return
+        self.plan = plan
+        self.grain, self.read_ahead, self.allow_nan = plan.grain, plan.read_ahead, plan.allow_nan
+        self.local_below = max(1, plan.min_slaves)
+        self.in_blocks = plan.process_results is not None
+        self.tells_sent = plan.on_job_sent is not None
+        self.tells_result = plan.on_result is not None
+        self.tells_idle = plan.on_slave_idle is not None
+        self.scheduler = Scheduler(slave_count, credit, limit + self.read_ahead)
+        self.lay_out_slots()
+        self.lay_out_collection()
+        for source, data in early:
+            self.accept_early(source, data)
+
+    cdef int lay_out_slots(self) except -1:
+        cdef int slot, count = self.scheduler.batch_count
+        self.slots = <Outgoing *> calloc(count, sizeof(Outgoing))
+        if self.slots == NULL:
+            raise MemoryError()
+        self.slot_buffers = [None] * count
+        self.slot_jobs = [None] * count
+        for slot in range(count):
+            self.slots[slot].head = self.slots[slot].body = MPI_REQUEST_NULL
+        return 0
+
+    cdef int lay_out_collection(self) except -1:
+        """Small numeric results are copied together with their jobs, so that one call can hand over many."""
+        cdef int64_t row_bytes, most
+        if self.job_rows is None or self.result_rows is None:
+            return 0
+        row_bytes = max(self.job_rows.row_bytes, self.result_rows.row_bytes)
+        self.collects = self.grain * row_bytes <= INLINE_BYTES
+        if self.collects:
+            self.collect_limit = max(1, min(<int> COLLECT_ROWS, COLLECT_BYTES // row_bytes))
+            most = self.collect_limit + self.posted * self.grain  # one poll's messages may come on top
+            self.collected_indices = Buffer(most * sizeof(int64_t), Rows(np.dtype("i8")))
+            self.collected_jobs = Buffer(most * self.job_rows.row_bytes, self.job_rows)
+            self.collected_results = Buffer(most * self.result_rows.row_bytes, self.result_rows)
+        return 0
+
+    # ---- the run -------------------------------------------------------------------------------------------------
+
+    def run_jobs(self):
+        """Run until there is no job left and all results are delivered."""
+        while True:
+            if self.failure is not None:
+                raise self.failure
+            self.deliver()
+            self.fetch()
+            if self.exhausted and self.scheduler.open_count == 0 and not self.collected and not self.attention:
+                return
+            if self.is_alone():
+                self.work_locally()
+            else:
+                with nogil:
+                    self.pump()
+
+    cdef int pump(self) except -1 nogil:
+        """Move messages until Python is needed."""
+        cdef bint moved
+        cdef int empty_polls = 0
+        while True:
+            moved = self.hand_out()
+            if self.take_in():
+                moved = True
+                empty_polls = 0
+            else:
+                empty_polls += 1
+            if self.body_count > 0 and self.take_bodies():
+                moved = True
+            self.rest(moved)
+            if self.wants_python(empty_polls):
+                return 0
+
+    cdef bint wants_python(self, int empty_polls) noexcept nogil:
+        if self.attention or self.is_alone():
+            return True
+        if self.collected and (not self.in_blocks or self.collected >= self.collect_limit or empty_polls > BLOCK_PATIENCE_POLLS):
+            return True
+        return not self.exhausted and self.room() > 0
+
+    cdef bint is_alone(self) noexcept nogil:
+        """Whether so few slaves are left that the master does the work."""
+        return self.scheduler.up_count + self.scheduler.absent_count < self.local_below
+
+    cdef int room(self) noexcept nogil:
+        """How many batches the user may be asked for now."""
+        cdef int waiting = self.scheduler.waiting_count
+        if self.is_alone():
+            return 1 - self.scheduler.open_count
+        if self.scheduler.up_count == 0 or (self.read_ahead and waiting > self.read_ahead // 4):
+            return 0
+        return min(self.scheduler.free_credit + self.read_ahead - waiting, self.scheduler.batch_count - self.scheduler.open_count)
+
+    # ---- jobs go out ---------------------------------------------------------------------------------------------
+
+    cdef bint hand_out(self) except -1 nogil:
+        """Send what waits to whoever is ready."""
+        cdef int slot, slave
+        cdef bint moved = False
+        while True:
+            slot = self.scheduler.assign()
+            if slot < 0:
+                return moved
+            moved = True
+            slave = self.scheduler.holder(slot)
+            if self.scheduler.attempt(slot) > 0:
+                with gil:
+                    self.renew_slot(slot)
+                (<Header *> self.slots[slot].data).attempt = self.scheduler.attempt(slot)
+            self.send(&self.slots[slot], slave)
+            if self.tells_sent:
+                with gil:
+                    self.tell_sent(slot, slave)
+
+    cdef int tell_sent(self, int slot, int slave) except -1:
+        cdef int64_t first = self.scheduler.first(slot)
+        for index in range(first, first + self.scheduler.jobs(slot)):
+            self.plan.on_job_sent(slave, index)
+        return 0
+
+    cdef int fetch(self) except -1:
+        """Ask the user for jobs, as many as can be given out now."""
+        cdef int count
+        if self.exhausted:
+            return 0
+        count = self.room()
+        if count <= 0:
+            return 0
+        if self.plan.next_jobs is not None:
+            return self.fetch_block(count)
+        for _ in range(min(count, <int> FETCH_MOST)):
+            if not self.exhausted:
+                self.fetch_singly()
+        return 0
+
+    cdef int fetch_singly(self) except -1:
+        """Fill one batch by next_job, and send it if a slave is free."""
+        cdef int slot = self.open_slot(), count = 0
+        cdef object value
+        cdef Buffer buffer = self.slot_buffers[slot]
+        cdef list objects = []
+        while count < self.grain:
+            value = self.plan.next_job()
+            if value is None:
+                self.exhausted = True
+                break
+            if self.job_rows is None:
+                objects.append(value)
+            else:
+                try:
+                    self.job_rows.put(buffer.data + HEADER_BYTES + count * self.job_rows.row_bytes, value, "what next_job returned")
+                except PayloadError as error:
+                    error.add_note(f"This was job {self.next_index + count}.")
+                    raise
+            count += 1
+        if count == 0:
+            self.scheduler.cancel(slot)
+            return 0
+        if self.job_rows is None:
+            self.pack_slot(slot, objects)
+        elif not self.allow_nan:
+            check_finite(buffer.rows[:count], "what next_job returned")
+        self.submit(slot, count)
+        if not self.is_alone():
+            with nogil:
+                self.hand_out()
+        return 0
+
+    cdef int fetch_block(self, int count) except -1:
+        """Take a block of jobs from next_jobs and cut it into batches."""
+        cdef int64_t at, length, most = <int64_t> count * self.grain
+        cdef int slot, n
+        cdef char *where = NULL
+        cdef cnp.ndarray rows
+        value = self.plan.next_jobs(most)
+        length = 0 if value is None else len(value)
+        if length == 0:
+            self.exhausted = True
+            return 0
+        if length > most:
+            raise PayloadError(f"next_jobs({most}) returned {length} jobs; return at most as many as asked for")
+        if self.job_rows is not None:
+            rows = self.job_rows.as_block(value, "what next_jobs returned")
+            if not self.allow_nan:
+                check_finite(rows, "what next_jobs returned")
+            where = <char *> cnp.PyArray_DATA(rows)
+        for at in range(0, length, self.grain):
+            slot = self.open_slot()
+            n = min(self.grain, length - at)
+            if where == NULL:
+                self.pack_slot(slot, list(value[at:at + n]))
+            else:
+                memcpy(self.slots[slot].data + HEADER_BYTES, where + at * self.job_rows.row_bytes, n * self.job_rows.row_bytes)
+            self.submit(slot, n)
+        return 0
+
+    cdef int open_slot(self) except -1:
+        """A free slot of the ledger, with a buffer that nobody else holds."""
+        cdef int slot = self.scheduler.open()
+        cdef Buffer buffer
+        if slot < 0:
+            raise ProtocolError(f"no slot is free: {self.scheduler.open_count} of {self.scheduler.batch_count} are open")
+        buffer = self.slot_buffers[slot]
+        if not self.is_sent(&self.slots[slot]):
+            self.set_aside(slot)
+        elif buffer is not None and not buffer.kept():
+            return slot
+        if self.job_rows is not None:
+            self.set_slot(slot, Buffer(HEADER_BYTES + padded_bytes(self.grain * self.job_rows.row_bytes), self.job_rows, HEADER_BYTES))
+        return slot
+
+    cdef int set_slot(self, int slot, Buffer buffer) except -1:
+        self.slot_buffers[slot] = buffer
+        self.slots[slot].data = buffer.data
+        return 0
+
+    cdef int set_aside(self, int slot) except -1:
+        """A send that does not complete keeps its buffer until the end: whoever it was for is gone."""
+        cdef Outgoing *out = &self.slots[slot]
+        aside.append(self.slot_buffers[slot])
+        if out.head != MPI_REQUEST_NULL:
+            check(MPI_Request_free(&out.head))
+        if out.body != MPI_REQUEST_NULL:
+            check(MPI_Request_free(&out.body))
+        return 0
+
+    cdef int renew_slot(self, int slot) except -1:
+        """Before a batch is sent again: nothing else can be sent from a buffer whose send is not complete."""
+        cdef Buffer old = self.slot_buffers[slot], fresh
+        if self.is_sent(&self.slots[slot]):
+            return 0
+        self.set_aside(slot)
+        fresh = old.like()
+        memcpy(fresh.data, old.data, old.size)
+        return self.set_slot(slot, fresh)
+
+    cdef int pack_slot(self, int slot, list objects) except -1:
+        cdef Buffer buffer
+        try:
+            buffer = self.packed(objects, "what next_job returned")
+        except PayloadError as error:
+            error.add_note(f"This was job {self.next_index}" + (f" or one of the {len(objects)} from there on." if len(objects) > 1 else "."))
+            raise
+        self.set_slot(slot, buffer)
+        self.slot_jobs[slot] = objects
+        return 0
+
+    cdef int submit(self, int slot, int count) except -1:
+        """Number the jobs of a slot that is filled, and let it wait for a slave."""
+        cdef Header *header = <Header *> self.slots[slot].data
+        header.kind = KIND_JOBS
+        header.first = self.next_index
+        header.count = count
+        header.attempt = 0
+        header.slot = slot
+        header.failure_bytes = 0
+        if self.job_rows is not None:  # a packed buffer knows its size
+            header.body_bytes = count * self.job_rows.row_bytes
+        self.next_index += count
+        if self.scheduler.submit(slot, header.first, count) < 0:
+            raise ProtocolError("cannot submit " + self.scheduler.describe(slot))
+        return 0
+
+    # ---- results come in -----------------------------------------------------------------------------------------
+
+    cdef bint take_in(self) except -1 nogil:
+        """Look at the messages that came in. Small numeric results are collected, the rest needs Python."""
+        cdef int k, i, source, count = self.poll()
+        cdef Header *header
+        for k in range(count):
+            i = self.completed[k]
+            header = <Header *> self.message_data[i]
+            source = self.statuses[k].MPI_SOURCE
+            if not self.is_ours(k):
+                pass
+            elif self.collects and header.kind == KIND_RESULTS and header.failure_bytes == 0 \
+                    and header.body_bytes == header.count * self.result_rows.row_bytes:
+                self.collect(header, source)
+            else:
+                with gil:
+                    self.accept(i, source)
+            self.repost(i)
+        return count > 0
+
+    cdef int collect(self, Header *header, int source) except -1 nogil:
+        """Copy a small result and its job to where they wait to be handed over; the slot is free at once."""
+        cdef int64_t at = self.collected, k
+        cdef int64_t job_bytes = self.job_rows.row_bytes, result_bytes = self.result_rows.row_bytes
+        if self.scheduler.on_result(source, header.slot, header.first, header.count, header.attempt) != VERDICT_DELIVER:
+            return 0
+        memcpy(self.collected_jobs.data + at * job_bytes, self.slots[header.slot].data + HEADER_BYTES, header.count * job_bytes)
+        memcpy(self.collected_results.data + at * result_bytes, <char *> header + HEADER_BYTES, header.count * result_bytes)
+        for k in range(header.count):
+            (<int64_t *> self.collected_indices.data)[at + k] = header.first + k
+        self.collected += header.count
+        self.scheduler.release(header.slot)
+        if self.tells_result or self.tells_idle:
+            with gil:
+                self.tell_result(source, header.first, header.count)
+        return 0
+
+    cdef int tell_result(self, int slave, int64_t first, int count) except -1:
+        if self.tells_result:
+            for index in range(first, first + count):
+                self.plan.on_result(slave, index)
+        if self.tells_idle and self.scheduler.held(slave) == 0 and self.scheduler.waiting_count == 0:
+            self.plan.on_slave_idle(slave)
+        return 0
+
+    cdef int accept(self, int i, int source) except -1:
+        """A message that needs Python."""
+        self.accept_message(self.messages[i], source)
+        if (<Buffer> self.messages[i]).kept():
+            self.renew_message(i)
+        return 0
+
+    cdef int accept_early(self, int source, bytes data) except -1:
+        """A message that came in while the run before this one ended."""
+        cdef Buffer buffer = Buffer(MESSAGE_BYTES, self.result_rows, HEADER_BYTES)
+        memcpy(buffer.data, <const char *> data, len(data))
+        return self.accept_message(buffer, source)
+
+    cdef int accept_message(self, Buffer buffer, int source) except -1:
+        """A whole message is handled; a longer one's body is received first."""
+        cdef Header header = (<Header *> buffer.data)[0]
+        if header.body_bytes > INLINE_BYTES:
+            return self.expect_body(&header, source, self.result_rows if header.kind == KIND_RESULTS else None)
+        return self.handle(&header, source, buffer, HEADER_BYTES)
+
+    cdef bint take_bodies(self) except -1 nogil:
+        cdef int i = self.finished_body()
+        if i < 0:
+            return False
+        with gil:
+            self.accept_body(i)
+        return True
+
+    cdef int accept_body(self, int i) except -1:
+        cdef Header header = self.bodies[i].header
+        cdef int source = self.bodies[i].source
+        cdef Buffer buffer = self.take_body(i)
+        return self.handle(&header, source, buffer, 0)
+
+    cdef int handle(self, Header *header, int source, Buffer buffer, int64_t offset) except -1:
+        """Deal with a message that is complete."""
+        if header.kind == KIND_BYE:
+            self.said_bye[source] = True
+        elif self.stopping:
+            return 0  # whatever a slave still says, the run is over
+        elif header.kind == KIND_RESULTS:
+            self.parcel(header, source, buffer, offset)
+        elif header.kind == KIND_READY:
+            if source <= self.slave_count:
+                self.greet(source, unpack(buffer.memory[offset:offset + header.body_bytes]))
+        elif header.kind == KIND_INTERRUPT:
+            self.fail(KeyboardInterrupt(f"slave {source} was interrupted"))
+        elif header.kind == KIND_ERROR:
+            self.fail(SlaveError(source, unpack(buffer.memory[offset:offset + header.body_bytes])))
+        else:
+            self.fail(ProtocolError(f"rank {source} sent a message of kind {header.kind}"))
+        return 0
+
+    cdef int fail(self, object error) except -1:
+        if self.failure is None:
+            self.failure = error
+        self.attention = True
+        return 0
+
+    cdef int greet(self, int slave, dict facts) except -1:
+        """A slave reports for work."""
+        wrong = self.plan.differences(facts)
+        if wrong:
+            return self.fail(RanksDisagreeError(f"slave {slave} and the master disagree: {wrong}; start all ranks with the same script, "
+                                                "options and environment"))
+        if self.scheduler.on_ready(slave) < 0:
+            return self.fail(ProtocolError(f"slave {slave} reports for work twice"))
+        if self.plan.on_slave_started is not None:
+            self.plan.on_slave_started(slave)
+        return 0
+
+    cdef int parcel(self, Header *header, int source, Buffer buffer, int64_t offset) except -1:
+        """A result that is large, or of objects, or with failures: decode it, and let it wait to be handed over."""
+        cdef int64_t end = offset + header.body_bytes - header.failure_bytes
+        cdef dict failures = {}
+        cdef object results = None
+        if self.result_rows is not None and end - offset != header.count * self.result_rows.row_bytes:
+            return self.fail(ProtocolError(f"slave {source} sent {end - offset} bytes for {header.count} results"))
+        if self.scheduler.on_result(source, header.slot, header.first, header.count, header.attempt) != VERDICT_DELIVER:
+            return 0
+        if header.failure_bytes:
+            failures = dict(unpack(buffer.memory[end:end + header.failure_bytes]))
+        if self.result_rows is not None:
+            results = buffer.rows[:header.count]
+        else:
+            try:
+                results = unpack(buffer.memory[offset:end])
+            except Exception as error:  # it was pickled well, but cannot be rebuilt here
+                failures = dict.fromkeys(range(header.count), Failure.of(error))
+        self.parcels.append((header.slot, source, results, failures))
+        self.attention = True
+        if self.tells_result or self.tells_idle:
+            self.tell_result(source, header.first, header.count)
+        return 0
+
+    # ---- results are handed over ---------------------------------------------------------------------------------
+
+    cdef int deliver(self) except -1:
+        """Call the user's hooks for everything that came in. New results may mean new jobs."""
+        cdef int slot
+        cdef list parcels
+        if self.collected:
+            self.exhausted = False
+            self.deliver_collected()
+        if self.attention:
+            self.attention = False
+            parcels, self.parcels = self.parcels, []
+            parcels.reverse()
+            while parcels:  # popped, so that each one's memory is free once it is handed over
+                self.exhausted = False
+                self.deliver_parcel(parcels.pop())
+        slot = self.scheduler.next_given_up()
+        while slot >= 0:
+            self.exhausted = False
+            lost = Failure("SlaveLost", f"{self.scheduler.max_attempts} slaves were lost while they ran it", "", None)
+            self.deliver_parcel((slot, 0, None, dict.fromkeys(range(self.scheduler.jobs(slot)), lost)))
+            slot = self.scheduler.next_given_up()
+        return 0
+
+    cdef int deliver_collected(self) except -1:
+        cdef int i, count = self.collected
+        cdef int64_t *indices = <int64_t *> self.collected_indices.data
+        cdef object process_result = self.plan.process_result
+        self.collected = 0
+        if not self.in_blocks:
+            for i in range(count):
+                process_result(indices[i], self.job_rows.take(self.collected_jobs.data + i * self.job_rows.row_bytes),
+                               self.result_rows.take(self.collected_results.data + i * self.result_rows.row_bytes))
+            return 0
+        self.plan.process_results(self.collected_indices.rows[:count], self.collected_jobs.rows[:count],
+                                  self.collected_results.rows[:count])
+        self.collected_indices = self.collected_indices.unshared()
+        self.collected_jobs = self.collected_jobs.unshared()
+        self.collected_results = self.collected_results.unshared()
+        return 0
+
+    cdef int deliver_parcel(self, tuple parcel) except -1:
+        cdef int i, slot, slave, count
+        cdef int64_t first
+        slot, slave, results, failures = parcel
+        first, count = self.scheduler.first(slot), self.scheduler.jobs(slot)
+        jobs = self.slot_jobs[slot] if self.job_rows is None else (<Buffer> self.slot_buffers[slot]).rows
+        if self.in_blocks:
+            self.deliver_block(first, count, jobs, results, failures)
+        for i in range(count):
+            if i in failures:
+                self.plan.process_failure(first + i, row_of(self.job_rows, jobs, i), JobError(first + i, slave, failures[i]))
+            elif not self.in_blocks:
+                self.plan.process_result(first + i, row_of(self.job_rows, jobs, i), row_of(self.result_rows, results, i))
+        self.slot_jobs[slot] = None
+        if self.scheduler.release(slot) < 0:
+            raise ProtocolError("cannot release " + self.scheduler.describe(slot))
+        return 0
+
+    cdef int deliver_block(self, int64_t first, int count, jobs, results, dict failures) except -1:
+        cdef list good
+        indices = np.arange(first, first + count)
+        jobs = jobs[:count]
+        if failures:
+            good = [i for i in range(count) if i not in failures]
+            if not good:
+                return 0
+            indices = indices[good]
+            jobs = [jobs[i] for i in good] if self.job_rows is None else jobs[good]
+            results = [results[i] for i in good] if self.result_rows is None else results[good]
+        self.plan.process_results(indices, jobs, results)
+        return 0
+
+    cdef int work_locally(self) except -1:
+        """Too few slaves are left: the master runs one batch itself."""
+        cdef int slot = self.scheduler.assign_local(), count
+        cdef Buffer out = None
+        cdef list objects = None
+        if slot < 0:
+            with nogil:
+                self.rest(self.take_in())  # a slave may still say something
+            return 0
+        if self.evaluator is None:
+            self.evaluator = self.plan.evaluator()
+        count = self.scheduler.jobs(slot)
+        if self.result_rows is None:
+            objects = [None] * count
+        else:
+            out = Buffer(count * self.result_rows.row_bytes, self.result_rows, 0, True)
+        jobs = self.slot_jobs[slot] if self.job_rows is None else (<Buffer> self.slot_buffers[slot]).rows
+        failures = {at: Failure.of(error) for at, error in self.evaluator.evaluate(jobs, count, out, objects)}
+        if self.scheduler.on_result(0, slot, self.scheduler.first(slot), count, self.scheduler.attempt(slot)) == VERDICT_DELIVER:
+            self.parcels.append((slot, 0, objects if out is None else out.rows, failures))
+            self.attention = True
+        return 0
+
+    # ---- facts ---------------------------------------------------------------------------------------------------
+
+    def busy_slaves(self):
+        """How many slaves hold jobs."""
+        return sum(self.scheduler.held(slave) > 0 for slave in range(1, self.slave_count + 1))
+
+    def counters(self):
+        """What happened so far, for the log."""
+        return {"jobs": self.next_index, "messages sent": self.scheduler.sent, "late results dropped": self.scheduler.late,
+                "messages refused": self.scheduler.refused + self.dropped}
+
+    # ---- the end -------------------------------------------------------------------------------------------------
+
+    def stop(self):
+        """Tell every rank that the run is over, and wait until each has left it. Results that still come in are dropped."""
+        cdef Outgoing *stops = <Outgoing *> calloc(self.size, sizeof(Outgoing))
+        cdef list buffers = [Buffer(HEADER_BYTES) for _ in range(self.size)]
+        cdef int rank, slot
+        cdef bint waiting = True
+        if stops == NULL:
+            raise MemoryError()
+        if self.posted == 0:
+            self.begin(None, 0, [])  # the run failed before it began
+        self.stopping = True
+        self.collects = False
+        try:
+            for rank in range(1, self.size):
+                stops[rank].head = stops[rank].body = MPI_REQUEST_NULL
+                stops[rank].data = (<Buffer> buffers[rank]).data
+                memset(stops[rank].data, 0, HEADER_BYTES)
+                (<Header *> stops[rank].data).kind = KIND_STOP
+                self.send(&stops[rank], rank)
+            with nogil:
+                while waiting:
+                    waiting = self.take_in()
+                    waiting = self.take_bodies() or waiting
+                    self.rest(waiting)
+                    for rank in range(1, self.size):
+                        waiting = waiting or not self.said_bye[rank] or not self.is_sent(&stops[rank])
+        finally:
+            if waiting:  # interrupted: the sends may not be complete
+                aside.append(buffers)
+            free(stops)
+        for slot in range(self.scheduler.batch_count if self.scheduler is not None else 0):
+            if self.slots[slot].data != NULL and not self.is_sent(&self.slots[slot]):
+                self.set_aside(slot)
+        self.unpost()
+
+
+cdef object row_of(Rows codec, object rows, int i):
+    """One row or object out of a batch. A small row is copied, so that keeping it does not keep a whole message."""
+    cdef cnp.ndarray array
+    if codec is None or codec.row_bytes > COPY_ROW_BYTES:
+        return rows[i]
+    array = rows
+    return codec.take(<char *> cnp.PyArray_DATA(array) + i * codec.row_bytes)

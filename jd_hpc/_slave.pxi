@@ -1,0 +1,295 @@
+# The slave's side of _core.pyx: takes jobs in, runs them, sends results back.
+
+cdef class Slave(Link):
+    """A rank that runs jobs.
+
+    Parameters
+    ----------
+    handle : int
+        The communicator's MPI handle; it must be ours alone, with errors returned.
+    run : int
+        Number of the run on this communicator.
+    """
+    cdef Evaluator evaluator
+    cdef Rows job_rows
+    cdef Rows result_rows
+    cdef int grain
+    cdef int out_count
+    cdef int out_next
+    cdef Outgoing *outs                 # results on their way
+    cdef list out_buffers               # their memory, laid out for rows of results
+    cdef char **out_data
+    cdef list out_packed                # memory of what is sent instead: objects, failures, other messages
+    cdef int32_t *codes                 # what the kernel returned
+    cdef int *queue                     # receives that hold a message not looked at yet, in order of arrival
+    cdef int queue_length
+    cdef bint stopped
+
+    def __dealloc__(self):
+        free(self.outs)
+        free(self.out_data)
+        free(self.codes)
+        free(self.queue)
+
+    def begin(self, plan=None):
+        """Post the receives. Without a plan the slave takes no jobs: it can only say what went wrong, and leave."""
+        cdef int i, credit = plan.credit if plan else 1
+        cdef int64_t out_bytes = HEADER_BYTES
+        self.grain = plan.grain if plan else 1
+        if plan:
+            self.evaluator = plan.evaluator()
+            self.job_rows, self.result_rows = plan.job_rows, plan.result_rows
+            self.payload_limit = plan.payload_limit
+            if self.result_rows is not None:
+                out_bytes += padded_bytes(self.grain * self.result_rows.row_bytes)
+        self.out_count = credit + 1
+        self.outs = <Outgoing *> calloc(self.out_count, sizeof(Outgoing))
+        self.out_data = <char **> calloc(self.out_count, sizeof(char *))
+        self.codes = <int32_t *> calloc(self.grain, sizeof(int32_t))
+        self.queue = <int *> calloc(credit + 2, sizeof(int))
+        if not (self.outs and self.out_data and self.codes and self.queue):
+            raise MemoryError()
+        self.out_buffers = [None] * self.out_count
+        self.out_packed = [None] * self.out_count
+        for i in range(self.out_count):
+            self.outs[i].head = self.outs[i].body = MPI_REQUEST_NULL
+            self.set_out(i, Buffer(out_bytes, self.result_rows, HEADER_BYTES, True))
+        self.post(0, credit + 2, credit + 2, self.job_rows)
+
+    cdef int set_out(self, int i, Buffer buffer) except -1:
+        self.out_buffers[i] = buffer
+        self.out_data[i] = self.outs[i].data = buffer.data
+        return 0
+
+    cdef int set_packed(self, int i, Buffer buffer) except -1:
+        """Send `buffer` the next time from this slot."""
+        self.out_packed[i] = buffer
+        self.outs[i].data = buffer.data
+        return 0
+
+    def ready(self, facts):
+        """Report for work."""
+        self.say(KIND_READY, facts)
+
+    def serve(self):
+        """Run jobs until the master says stop."""
+        with nogil:
+            while not self.stopped:
+                self.rest(self.step())
+
+    cdef bint step(self) except -1 nogil:
+        """Look for messages, then run at most one batch: a stop that came in meanwhile is seen before the next one."""
+        cdef int i, moved
+        moved = self.take_in()
+        if self.stopped:
+            return True
+        if self.body_count:
+            i = self.finished_body()
+            if i >= 0:
+                with gil:
+                    self.run_body(i)
+                return True
+        if self.queue_length == 0:
+            return moved
+        i = self.queue[0]
+        self.queue_length -= 1
+        memmove(self.queue, self.queue + 1, self.queue_length * sizeof(int))
+        self.run_message(i)
+        self.repost(i)
+        return True
+
+    cdef bint take_in(self) except -1 nogil:
+        """Queue the messages that came in; what needs no work is dealt with at once."""
+        cdef int k, i, count = self.poll()
+        cdef Header *header
+        for k in range(count):
+            i = self.completed[k]
+            header = <Header *> self.message_data[i]
+            if not self.is_ours(k):
+                self.repost(i)
+            elif header.kind == KIND_STOP:
+                self.stopped = True
+            elif header.kind == KIND_JOBS and header.body_bytes > INLINE_BYTES:
+                with gil:
+                    self.expect_body(header, 0, self.job_rows)
+                self.repost(i)
+            else:
+                self.queue[self.queue_length] = i
+                self.queue_length += 1
+        return count > 0
+
+    cdef int run_message(self, int i) except -1 nogil:
+        """A batch that came whole in a message."""
+        if self.evaluator.function != NULL and self.evaluator.allow_nan and self.result_rows is not None:
+            return self.run_compiled(<Header *> self.message_data[i])
+        with gil:
+            self.run_python(<Header *> self.message_data[i], self.messages[i], HEADER_BYTES)
+            if (<Buffer> self.messages[i]).kept():
+                self.renew_message(i)
+        return 0
+
+    cdef int run_compiled(self, Header *header) except -1 nogil:
+        """Run a batch by the kernel: the GIL is taken only to tell of failures."""
+        cdef int k
+        self.check_jobs(header)
+        k = self.free_out()
+        self.answer(k, header, header.count * self.result_rows.row_bytes, 0)
+        if self.evaluator.run_kernel(<char *> header + HEADER_BYTES, self.outs[k].data + HEADER_BYTES, header.count, self.codes):
+            with gil:
+                self.send_failures(k, header, kernel_failures(<int32_t[:header.count]> self.codes))
+            return 0
+        return self.send(&self.outs[k], 0)
+
+    cdef int check_jobs(self, Header *header) except -1 nogil:
+        if 1 <= header.count <= self.grain and header.kind == KIND_JOBS:
+            if self.job_rows is None or header.body_bytes == header.count * self.job_rows.row_bytes:
+                return 0
+        with gil:
+            raise ProtocolError(f"the master sent kind {header.kind}: {header.count} jobs in {header.body_bytes} bytes, grain {self.grain}")
+
+    cdef int run_body(self, int i) except -1:
+        cdef Header header = self.bodies[i].header
+        cdef Buffer buffer = self.take_body(i)
+        return self.run_python(&header, buffer, 0)
+
+    cdef int run_python(self, Header *header, Buffer buffer, int64_t offset) except -1:
+        """Run a batch with the GIL: through the user's hooks, or a kernel whose payload is large."""
+        cdef int k, at
+        cdef Header job = header[0]
+        cdef object jobs, results = None
+        cdef Buffer out
+        self.check_jobs(&job)
+        with nogil:
+            k = self.free_out()
+        if self.result_rows is None:
+            results = [None] * job.count
+        out = self.out_buffers[k]
+        try:
+            jobs = unpack(buffer.memory[offset:offset + job.body_bytes]) if self.job_rows is None else buffer.rows
+        except Exception as error:  # it was pickled well, but cannot be rebuilt here
+            failures = [(at, error) for at in range(job.count)]
+        else:
+            failures = self.evaluator.evaluate(jobs, job.count, out, results)
+        jobs = None
+        if self.result_rows is None:
+            self.send_objects(k, &job, results, failures)
+            return 0
+        out = None
+        self.answer(k, &job, job.count * self.result_rows.row_bytes, 0)
+        if failures:
+            self.send_failures(k, &job, failures)
+        else:
+            self.keep_out(k)
+            self.send(&self.outs[k], 0)
+        return 0
+
+    cdef int keep_out(self, int k) except -1:
+        """A hook kept its `results`: send a copy, so that what it does with them later cannot change what was sent."""
+        cdef Buffer given = self.out_buffers[k], fresh
+        if given.kept():
+            fresh = given.like()
+            memcpy(fresh.data, given.data, given.size)
+            self.set_out(k, fresh)
+        return 0
+
+    cdef int send_objects(self, int k, Header *job, list results, list failures) except -1:
+        """Send results that are Python objects; one that cannot be pickled is that job's failure, not the others'."""
+        cdef Buffer out
+        try:
+            out = self.packed(results, "what process_job returned")
+        except Exception:
+            failures = failures + self.unsendable(results)
+            for at, _ in failures:
+                results[at] = None
+            out = self.packed(results, "what process_job returned")
+        self.set_packed(k, out)
+        self.answer(k, job, (<Header *> out.data).body_bytes, 0)
+        if failures:
+            return self.send_failures(k, job, failures)
+        return self.send(&self.outs[k], 0)
+
+    cdef list unsendable(self, list results):
+        cdef list failures = []
+        for at, result in enumerate(results):
+            try:
+                self.packed(result, "what process_job returned")
+            except Exception as error:
+                failures.append((at, error))
+        return failures
+
+    cdef int send_failures(self, int k, Header *job, list failures) except -1:
+        """Send the results that there are, and behind them what became of the others."""
+        cdef char *results = self.outs[k].data
+        cdef int64_t result_bytes = (<Header *> results).body_bytes
+        cdef Buffer out = self.packed([(at, Failure.of(error)) for at, error in failures], "the failures of a batch", result_bytes)
+        memcpy(out.data + HEADER_BYTES, results + HEADER_BYTES, result_bytes)
+        cdef int64_t total = (<Header *> out.data).body_bytes
+        self.set_packed(k, out)
+        self.answer(k, job, total, total - result_bytes)
+        self.send(&self.outs[k], 0)
+        return 0
+
+    cdef int answer(self, int k, Header *job, int64_t body_bytes, int64_t failure_bytes) noexcept nogil:
+        """Make the header of an answer to `job`."""
+        cdef Header *header = <Header *> self.outs[k].data
+        header[0] = job[0]
+        header.kind = KIND_RESULTS
+        header.body_bytes = body_bytes
+        header.failure_bytes = failure_bytes
+        return 0
+
+    cdef int free_out(self) except -1 nogil:
+        """A result slot whose last send is complete: they take turns."""
+        cdef int k = self.out_next
+        self.out_next = 0 if k + 1 == self.out_count else k + 1
+        while not self.is_sent(&self.outs[k]):
+            self.rest(self.take_in())
+        self.outs[k].data = self.out_data[k]
+        return k
+
+    # ---- the end -------------------------------------------------------------------------------------------------
+
+    cdef int say(self, int kind, object value) except -1:
+        """Send a message that is not a result."""
+        cdef int k
+        with nogil:
+            k = self.free_out()
+        if value is not None:
+            self.set_packed(k, self.packed(value, "a message of this slave"))
+        else:
+            (<Header *> self.outs[k].data).body_bytes = 0
+        (<Header *> self.outs[k].data).kind = kind
+        self.send(&self.outs[k], 0)
+        with nogil:
+            while not self.is_sent(&self.outs[k]):
+                self.rest(self.take_in())
+        return 0
+
+    def report(self, error):
+        """Tell the master that this slave cannot go on, and why; then wait for its word to stop."""
+        if self.posted == 0:
+            self.begin()  # it failed before it began
+        if isinstance(error, KeyboardInterrupt):
+            self.say(KIND_INTERRUPT, None)
+        else:
+            self.say(KIND_ERROR, Failure.of(error))
+        with nogil:
+            while not self.stopped:
+                self.queue_length = 0
+                self.rest(self.take_in())
+
+    def leave(self):
+        """Say goodbye: all results have gone out, and every body that was announced has come in."""
+        cdef int k
+        cdef bint done = False
+        while not done:
+            done = not self.take_in()
+            while self.finished_body() >= 0:
+                self.take_body(self.finished_body())
+            done = done and self.body_count == 0
+            for k in range(self.out_count):
+                done = self.is_sent(&self.outs[k]) and done
+            self.rest(done)
+        self.unpost()  # first: what the master says after the goodbye belongs to the next run
+        self.say(KIND_BYE, None)
+

@@ -1,0 +1,277 @@
+"""JobDispatcher: the class that users derive from. The hooks, the options and run(); no mechanics."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from operator import index
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jd_hpc import local
+from jd_hpc.errors import JobError
+from jd_hpc.machine import Channel, LocalMachine, MPIMachine, as_machine, load_core
+from jd_hpc.plan import Hook, Plan
+
+logger = logging.getLogger("jd_hpc")
+
+
+class JobDispatcher:
+    """Runs many independent jobs on the slaves of a vm. Derive from it, write the hooks, call `run()` on every rank.
+
+    Parameters
+    ----------
+    vm : None, mpi4py.MPI.Intracomm or MPIMachine
+        Where the slaves are. None, or a communicator of one rank: jobs are evaluated here, through the same hooks.
+    max_slaves : int, optional
+        Use at most so many slaves; the others wait idle until the run ends. Default: all.
+    min_slaves : int
+        With fewer usable slaves than this, or none, the master evaluates the jobs itself.
+    debug : int
+        0: silent. 1: the master logs how the run goes. 2: every job sent and every result too, and the slaves speak as well.
+        Lines go to the logger ``jd_hpc``, and to stderr if no logging was set up.
+    grain : int, optional
+        Jobs per message, default 1. For jobs of less than about 100 microseconds a larger grain pays.
+    credit : int, optional
+        Messages that a slave may hold at once, default 2: one to work on, one to go on with.
+
+    Raises
+    ------
+    ValueError
+        If numbers are negative or contradict each other.
+    LaunchError
+        If the ranks were not launched as one MPI run.
+
+    Attributes
+    ----------
+    job_dtype, result_dtype : dtype-like or None
+        Class attributes. A numpy dtype: jobs or results are rows of it and travel as bytes, never pickled; ``("f8", 3)`` is an
+        array of three. None: any object that can be pickled.
+    kernel
+        Class attribute. A compiled kernel that takes the place of `process_job` (see `jd_hpc.kernel`).
+    allow_nan : bool
+        Class attribute. False: a NaN in a numeric job or result is an error.
+    payload_limit : int
+        Class attribute. Bytes of the largest message; a larger one is refused with an error.
+    machine : LocalMachine or MPIMachine
+        Tells slots, hosts and who is master.
+    """
+
+    job_dtype: ClassVar[Any] = None
+    result_dtype: ClassVar[Any] = None
+    kernel: Any = None
+    allow_nan: bool = True
+    payload_limit: int = 1 << 36
+
+    def __init__(
+        self,
+        vm: Any = None,
+        max_slaves: int | None = None,
+        min_slaves: int = 0,
+        debug: int = 0,
+        *,
+        grain: int | None = None,
+        credit: int | None = None,
+    ) -> None:
+        self.grain = _number("grain", 1 if grain is None else grain, 1, 1 << 30)
+        self.credit = _number("credit", 2 if credit is None else credit, 1, 1 << 10)
+        self.max_slaves = None if max_slaves is None else _number("max_slaves", max_slaves, 0, 1 << 30)
+        self.min_slaves = _number("min_slaves", min_slaves, 0, 1 << 30)
+        self.debug = _number("debug", debug, 0, 2)
+        if self.max_slaves is not None and self.min_slaves > self.max_slaves:
+            raise ValueError(f"min_slaves = {min_slaves} is more than max_slaves = {max_slaves}; no run could ever use slaves")
+        self.machine: LocalMachine | MPIMachine = as_machine(vm)
+
+    # ---- hooks -------------------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Master, at the start of every run: forget the last one."""
+
+    def next_job(self) -> Any:
+        """Master: return the next job, or None if there is none now.
+
+        The run ends at None with nothing in flight: after every result it is asked again, so results may create new jobs. Numeric jobs are
+        rows of `job_dtype`; what is returned is copied.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define next_job() or next_jobs(count)")
+
+    def process_job(self, job: Any) -> Any:
+        """Slave: run one job and return its result.
+
+        A numeric job is a read-only view of the receive buffer, which may be kept. The result must be exactly what `result_dtype` says. An
+        exception fails this job only: the master gets it in `process_failure`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define process_job(job), process_jobs(jobs, results) or a kernel")
+
+    def process_result(self, index: int, job: Any, result: Any) -> None:
+        """Master: take the result of job number `index` (from 0), once for every job, in order of completion."""
+
+    def process_failure(self, index: int, job: Any, error: JobError) -> None:
+        """Master: job number `index` failed; `error` has the traceback of the slave. The default ends the run and raises it."""
+        raise error
+
+    def postprocess(self) -> Any:
+        """Master, after the last result: what it returns is what `run()` returns there."""
+        return None
+
+    def next_jobs(self, count: int) -> Sequence[Any] | NDArray[Any] | None:
+        """Master, instead of `next_job` where overridden: return up to `count` jobs, or None if there is none now.
+
+        Numeric jobs: an array of up to `count` rows. Blocks are asked for a little ahead of the slaves.
+        """
+        raise NotImplementedError
+
+    def process_jobs(self, jobs: Any, results: Any) -> None:
+        """Slave, instead of `process_job` where overridden: run a batch.
+
+        `jobs` has up to `grain` jobs: an array of rows, or a list. Fill `results`: an array of as many rows, or a list. An exception fails
+        the whole batch.
+        """
+        raise NotImplementedError
+
+    def process_results(self, indices: NDArray[np.int64], jobs: Any, results: Any) -> None:
+        """Master, instead of `process_result` where overridden: take many results at once. The arrays are read-only and may be kept."""
+        raise NotImplementedError
+
+    def on_startup(self) -> None:
+        """Every rank, at the start of every run; `self.machine.is_master` tells which."""
+
+    def on_slave_started(self, slave: int) -> None:
+        """Master: a slave (its rank) has reported for work."""
+
+    def on_slave_idle(self, slave: int) -> None:
+        """Master: a slave has given back all it had, and no job waits."""
+
+    def on_job_sent(self, slave: int, index: int) -> None:
+        """Master: a job went out to a slave."""
+
+    def on_result(self, slave: int, index: int) -> None:
+        """Master: a result came in from a slave, before it is processed."""
+
+    def on_shutdown(self) -> None:
+        """Every rank, at the end of every run, also when it failed."""
+
+    # ---- the run -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> Any:
+        """Run all jobs. Every rank of the vm must call it.
+
+        Returns
+        -------
+        object
+            On the master what `postprocess` returned; None on slaves.
+
+        Raises
+        ------
+        JobError
+            On the master, if a job failed and `process_failure` is not overridden.
+        JdError
+            Others of its kinds for bad jobs, bad results and ranks that disagree; each names its cause and cure.
+        Exception
+            Whatever a hook of the master raised, after all slaves have left the run.
+        """
+        self._set_up_logging()
+        machine = self.machine
+        if isinstance(machine, LocalMachine) or machine.size == 1:
+            return self._run_local()
+        core = load_core()
+        channel = machine.channel()
+        if machine.is_master:
+            return self._run_master(machine, channel, core.Master(channel.handle, channel.next_run()))
+        return self._run_slave(core.Slave(channel.handle, channel.next_run()))
+
+    def _run_local(self) -> Any:
+        try:
+            plan = self._plan()
+            self.on_startup()
+            self.reset()
+            count = local.run_jobs(plan)
+            self._log("%d jobs were evaluated locally", count)
+            return self.postprocess()
+        finally:
+            self.on_shutdown()
+
+    def _run_master(self, machine: MPIMachine, channel: Channel, master: Any) -> Any:
+        usable = machine.size - 1 if self.max_slaves is None else min(self.max_slaves, machine.size - 1)
+        alone = usable < max(1, self.min_slaves)
+        self._log("run %d: %d slaves%s", master.run, usable, ", too few: the master evaluates the jobs" if alone else "")
+        try:
+            try:
+                master.begin(self._plan(), 0 if alone else usable, channel.early)
+                machine.busy = master.busy_slaves
+                self.on_startup()
+                self.reset()
+                master.run_jobs()
+            finally:  # the slaves leave the run first, whatever happened
+                machine.busy = None
+                master.stop()
+                channel.early = master.early
+            self._log("run %d: %s", master.run, master.counters())
+            return self.postprocess()
+        finally:
+            self.on_shutdown()
+
+    def _run_slave(self, slave: Any) -> None:
+        try:
+            try:
+                plan = self._plan()
+                slave.begin(plan)
+                self.on_startup()
+                slave.ready(plan.facts())
+                if self.debug > 1:
+                    self._log("run %d: slave %d is ready", slave.run, slave.rank)
+                slave.serve()
+            except BaseException as error:
+                slave.report(error)
+                raise
+            finally:
+                slave.leave()
+        finally:
+            self.on_shutdown()
+
+    def _plan(self) -> Plan:
+        plan = Plan(self, self._overrides)
+        if self.debug > 1:
+            plan.on_job_sent = _traced("slave %d gets job %d", plan.on_job_sent)
+            plan.on_result = _traced("slave %d answers job %d", plan.on_result)
+        if self.debug > 0:
+            plan.on_slave_started = _traced("slave %d has started", plan.on_slave_started)
+        return plan
+
+    def _overrides(self, name: str) -> bool:
+        """Whether a hook is the user's own: of a derived class, or set on the instance."""
+        return name in vars(self) or getattr(type(self), name) is not getattr(JobDispatcher, name)
+
+    def _set_up_logging(self) -> None:
+        if self.debug:
+            logger.setLevel(logging.INFO if self.debug == 1 else logging.DEBUG)
+            if not logger.hasHandlers():
+                handler = logging.StreamHandler(sys.stderr)
+                handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
+                logger.addHandler(handler)
+
+    def _log(self, message: str, *args: Any) -> None:
+        if self.debug:
+            logger.info(message, *args)
+
+
+def _traced(message: str, hook: Hook | None) -> Hook:
+    """Return a hook that logs, and then does what `hook` did."""
+
+    def traced(*args: Any) -> None:
+        logger.log(logging.DEBUG if len(args) > 1 else logging.INFO, message, *args)
+        if hook is not None:
+            hook(*args)
+
+    return traced
+
+
+def _number(name: str, value: int, least: int, most: int) -> int:
+    """Check an option."""
+    number = index(value)
+    if not least <= number <= most:
+        raise ValueError(f"{name} = {number} is out of range: it can be {least} to {most}")
+    return number

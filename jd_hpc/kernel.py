@@ -1,0 +1,148 @@
+"""Compiled kernels: what counts as one, and how its address is found.
+
+A kernel is a C function ``int32_t kernel(const void *job, void *result, void *user_data)``. It gets one row of `job_dtype`, fills one row of
+`result_dtype` and returns 0; any other number is this job's failure. It runs without the GIL: it must not touch Python.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, NamedTuple
+
+from jd_hpc.errors import KernelError
+
+SIGNATURES = (
+    "int (const void *, void *, void *)",
+    "int (void const *, void *, void *)",
+    "int32_t (const void *, void *, void *)",
+    "int (void *, void *, void *)",
+    "int32_t (void *, void *, void *)",
+)
+"""Names that a capsule may carry, in the manner of scipy.LowLevelCallable; a capsule without a name is trusted."""
+
+CFUNCTYPE = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+"""The ctypes type of a kernel, for callbacks and for casting."""
+
+
+class Kernel(NamedTuple):
+    """A kernel that was found: what keeps it alive, its address, and the address of its user data (0: NULL)."""
+
+    keep: Any
+    address: int
+    user_data: int
+
+
+def resolve(given: Any) -> Kernel:
+    """Find the address of a kernel.
+
+    Parameters
+    ----------
+    given
+        A ctypes function pointer; a cffi function pointer; a ``numba.cfunc``; a PyCapsule, as Cython's ``__pyx_capi__`` holds them; a
+        ``scipy.LowLevelCallable``; or a tuple (one of these, user data), where user data is an address, a ctypes pointer or
+        None.
+
+    Raises
+    ------
+    KernelError
+        If it is none of these, or its signature is a different one.
+    """
+    user_data: Any = None
+    function = given
+    if isinstance(given, tuple):
+        # a LowLevelCallable is a tuple too: (capsule, function, user data)
+        if type(given).__name__ == "LowLevelCallable" and len(given) == 3:
+            function, user_data = given[1], given[2]
+        elif len(given) == 2:
+            function, user_data = given
+        else:
+            raise KernelError(f"a kernel with user data is a pair (function, user_data), not {given!r}")
+    return Kernel(given, _address(function), _data_address(user_data))
+
+
+def _address(function: Any) -> int:
+    address = 0
+    if isinstance(function, ctypes._CFuncPtr):
+        _check_ctypes(function)
+        address = ctypes.cast(function, ctypes.c_void_p).value or 0
+    elif type(function).__name__ == "PyCapsule":
+        return _capsule_address(function)
+    elif _is_cffi(function):
+        address = _cffi_address(function, "a function pointer")
+    elif isinstance(getattr(function, "address", None), int) and hasattr(function, "native_name"):  # numba.cfunc
+        _check_ctypes(function.ctypes)
+        address = function.address
+    else:
+        raise KernelError(
+            f"{function!r} is no compiled kernel; give a ctypes or cffi function pointer, a numba.cfunc, a PyCapsule or a "
+            f"scipy.LowLevelCallable of signature {SIGNATURES[0]}"
+        )
+    if address == 0:
+        raise KernelError("the kernel is a null pointer")
+    return address
+
+
+def _check_ctypes(function: Any) -> None:
+    """Check what ctypes knows of the signature; a pointer argument may have any target type."""
+    if function.restype not in (ctypes.c_int, ctypes.c_int32, ctypes.c_uint32):
+        raise KernelError(f"the kernel returns {function.restype}; it must return a 32-bit integer, 0 for success: {SIGNATURES[0]}")
+    given = function.argtypes
+    if given is None:
+        return
+    pointers = [kind in (ctypes.c_void_p, ctypes.c_char_p) or hasattr(kind, "contents") for kind in given]
+    if pointers != [True, True, True]:
+        raise KernelError(f"the kernel takes {given}; it must take three pointers: {SIGNATURES[0]}")
+
+
+def _capsule_address(capsule: Any) -> int:
+    api = ctypes.pythonapi
+    api.PyCapsule_GetName.restype = ctypes.c_char_p
+    api.PyCapsule_GetName.argtypes = [ctypes.py_object]
+    api.PyCapsule_GetPointer.restype = ctypes.c_void_p
+    api.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+    name = api.PyCapsule_GetName(capsule)
+    if name is not None:
+        words = " ".join(name.decode().replace("*", " * ").replace("(", " ( ").replace(",", " , ").split())
+        known = [" ".join(text.replace("*", " * ").replace("(", " ( ").replace(",", " , ").split()) for text in SIGNATURES]
+        if words.replace(" except *", "").replace(" noexcept nogil", "").replace(" )", ")") not in [k.replace(" )", ")") for k in known]:
+            raise KernelError(f"the capsule has the signature {name.decode()!r}; it must be {SIGNATURES[0]!r}")
+    return int(api.PyCapsule_GetPointer(capsule, name))
+
+
+def _is_cffi(value: Any) -> bool:
+    return type(value).__module__ == "_cffi_backend"
+
+
+def _cffi_address(value: Any, what: str) -> int:
+    import cffi  # whoever gives a cffi pointer has it
+
+    ffi = cffi.FFI()
+    kind = ffi.typeof(value).kind
+    if kind not in ("function", "pointer", "array"):
+        raise KernelError(f"{value!r} is a cffi {kind}, not {what}")
+    return int(ffi.cast("uintptr_t", value))
+
+
+def _data_address(user_data: Any) -> int:
+    if user_data is None:
+        return 0
+    if isinstance(user_data, int):
+        return user_data
+    if isinstance(user_data, ctypes.c_void_p):
+        return user_data.value or 0
+    if isinstance(user_data, (ctypes._Pointer, ctypes.Array)):
+        return ctypes.cast(user_data, ctypes.c_void_p).value or 0
+    if type(user_data).__name__ == "PyCapsule":
+        return _untyped_capsule(user_data)
+    if _is_cffi(user_data):
+        return _cffi_address(user_data, "a pointer")
+    raise KernelError(f"user data {user_data!r} has no address; give an int, a ctypes or cffi pointer, or a ctypes array")
+
+
+def _untyped_capsule(capsule: Any) -> int:
+    api = ctypes.pythonapi
+    api.PyCapsule_GetName.restype = ctypes.c_char_p
+    api.PyCapsule_GetName.argtypes = [ctypes.py_object]
+    api.PyCapsule_GetPointer.restype = ctypes.c_void_p
+    api.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+    return int(api.PyCapsule_GetPointer(capsule, api.PyCapsule_GetName(capsule)))

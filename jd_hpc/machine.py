@@ -1,0 +1,219 @@
+"""The vm: where the slaves are. Who is master, how many slots there are, which MPI this is and who launched it are found out here only."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from jd_hpc.errors import FamilyError, LaunchError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI as mpi
+
+FAMILIES = {"Open MPI": "openmpi", "MPICH": "mpich", "Intel MPI": "mpich", "MVAPICH": "mpich", "Cray MPICH": "mpich"}
+"""What mpi4py calls an MPI, and the family whose binary interface it has."""
+
+
+class LocalMachine:
+    """This process alone. No MPI is imported.
+
+    Attributes
+    ----------
+    is_master : bool
+        Always True.
+    slots : int
+        1: the place where jobs run.
+    """
+
+    is_master = True
+    rank = 0
+    size = 1
+    slots = 1
+
+    @property
+    def free_slots(self) -> int:
+        """1: whoever can ask is not running a job."""
+        return 1
+
+    @property
+    def hosts(self) -> dict[str, list[int]]:
+        """Host name → ranks on it."""
+        return {socket.gethostname(): [0]}
+
+
+class MPIMachine:
+    """The ranks of a communicator: rank 0 is the master, the others are slaves.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Intracomm
+        Every rank of it must make the machine, and call `run()` of the same dispatchers in the same order. Messages of jd_hpc travel on
+        a duplicate; the user's own on `comm` are never touched.
+
+    Raises
+    ------
+    LaunchError
+        If the ranks were launched as one run but MPI does not see them as one, or `comm` is no intracommunicator.
+    FamilyError
+        If there is no compiled core for the MPI that mpi4py runs on.
+
+    Attributes
+    ----------
+    rank, size : int
+        Of `comm`.
+    is_master : bool
+        True on rank 0.
+    slots : int
+        Where jobs can run: the slaves, or 1 (the master itself) if there are none.
+    """
+
+    def __init__(self, comm: mpi.Intracomm) -> None:
+        from mpi4py import MPI
+
+        if not isinstance(comm, MPI.Comm) or comm == MPI.COMM_NULL or comm.Is_inter():
+            raise LaunchError(f"{comm!r} is no communicator of ranks; pass an intracommunicator such as MPI.COMM_WORLD, or vm=None")
+        check_launch(MPI.COMM_WORLD.Get_size(), dict(os.environ))
+        self.comm = comm
+        self.rank: int = comm.Get_rank()
+        self.size: int = comm.Get_size()
+        self.is_master: bool = self.rank == 0
+        self.slots: int = max(1, self.size - 1)
+        self.busy: Callable[[], int] | None = None  # how many slaves run jobs now, while a run is on
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that run no job now; on a slave, which cannot know, all of them."""
+        return self.slots - (self.busy() if self.busy is not None else 0)
+
+    @property
+    def hosts(self) -> dict[str, list[int]]:
+        """Host name → ranks on it. The first use is collective: every rank must ask, or have run a dispatcher."""
+        return self.channel().hosts
+
+    def channel(self) -> Channel:
+        """Return our own duplicate of the communicator, made when it is first asked for (collective)."""
+        return Channel.of(self.comm)
+
+
+class Channel:
+    """Our duplicate of a user's communicator; it lives as long as that one does.
+
+    Attributes
+    ----------
+    comm : mpi4py.MPI.Intracomm
+        The duplicate, with errors returned.
+    run : int
+        Runs started on it so far. Ranks agree on it because they call run() in the same order.
+    early : list of (int, bytes)
+        Messages that slaves sent for the next run while the master still ended the last one.
+    """
+
+    _keyval: int | None = None
+
+    def __init__(self, comm: mpi.Intracomm) -> None:
+        from mpi4py import MPI
+
+        self.comm = comm.Dup()
+        self.comm.Set_errhandler(MPI.ERRORS_RETURN)
+        self.run = 0
+        self.early: list[tuple[int, bytes]] = []
+        self.hosts: dict[str, list[int]] = {}
+        for rank, host in enumerate(self.comm.allgather(MPI.Get_processor_name())):
+            self.hosts.setdefault(host, []).append(rank)
+
+    @classmethod
+    def of(cls, comm: mpi.Intracomm) -> Channel:
+        """Return the channel of `comm`; the first call on a communicator is collective."""
+        from mpi4py import MPI
+
+        if cls._keyval is None:
+            cls._keyval = MPI.Comm.Create_keyval(delete_fn=cls._delete, nopython=False)
+        channel = comm.Get_attr(cls._keyval)
+        if channel is None:
+            channel = cls(comm)
+            comm.Set_attr(cls._keyval, channel)
+        assert isinstance(channel, cls)
+        return channel
+
+    @staticmethod
+    def _delete(comm: mpi.Comm, keyval: int, channel: Channel) -> None:
+        """The user frees the communicator, on all ranks: so do we."""
+        channel.comm.Free()
+
+    @property
+    def handle(self) -> int:
+        """The MPI handle of the duplicate, for the compiled core."""
+        from mpi4py import MPI
+
+        return MPI._handleof(self.comm)
+
+    def next_run(self) -> int:
+        """Number the next run."""
+        self.run += 1
+        return self.run
+
+
+def as_machine(vm: Any) -> LocalMachine | MPIMachine:
+    """Return the machine for what a user passed as `vm`: None, a machine, or a communicator."""
+    if vm is None:
+        return LocalMachine()
+    if isinstance(vm, (LocalMachine, MPIMachine)):
+        return vm
+    return MPIMachine(vm)
+
+
+def check_launch(world_size: int, environ: dict[str, str]) -> None:
+    """Refuse silent singletons: several processes were launched, and each one's MPI believes to be alone.
+
+    Raises
+    ------
+    LaunchError
+        With the cure for the launcher that was used.
+    """
+    if world_size > 1:
+        return
+    if int(environ.get("OMPI_COMM_WORLD_SIZE", "0")) > 1:
+        launched, cure = environ["OMPI_COMM_WORLD_SIZE"], "Open MPI's mpiexec started a program of another MPI"
+    elif int(environ.get("PMI_SIZE", "0")) > 1:
+        launched, cure = environ["PMI_SIZE"], "MPICH's mpiexec, or srun --mpi=pmi2, started a program of another MPI"
+    elif "OMPI_COMM_WORLD_SIZE" not in environ and "PMI_SIZE" not in environ and int(environ.get("SLURM_STEP_NUM_TASKS", "0")) > 1:
+        launched, cure = environ["SLURM_STEP_NUM_TASKS"], "srun started it without the MPI's plugin: use srun --mpi=pmi2 for MPICH, --mpi=pmix for Open MPI"
+    else:
+        return
+    raise LaunchError(
+        f"{launched} processes were launched, but MPI sees only this one, so each would do all the work. Cause: {cure}. "
+        f"Cure: use the mpiexec that belongs to the MPI of mpi4py (for the PyPI wheels, the one in the same environment's bin folder)."
+    )
+
+
+def load_core() -> Any:
+    """Import the compiled core that fits the MPI of mpi4py.
+
+    mpi4py.MPI must come first: it loads the MPI library, which the core then finds loaded.
+
+    Raises
+    ------
+    FamilyError
+        If there is none, with the cure.
+    """
+    from mpi4py import MPI
+
+    vendor, version = MPI.get_vendor()
+    family = FAMILIES.get(vendor, "mpich")
+    try:
+        return importlib.import_module(f"jd_hpc._core_{family}")
+    except ImportError as error:
+        raise FamilyError(
+            f"mpi4py runs on {vendor} {'.'.join(map(str, version))} (family {family}), but jd_hpc has {_cores()} in this environment ({error}). "
+            f"Cure: build jd_hpc with that MPI's mpicc: MPICC=/path/to/mpicc pip install --force-reinstall --no-deps --no-cache-dir jd_hpc; "
+            f"or use the environment of the other family: one environment holds one MPI."
+        ) from error
+
+
+def _cores() -> str:
+    folder = os.path.dirname(__file__)
+    found = sorted({name.split(".")[0].removeprefix("_core_") for name in os.listdir(folder) if name.startswith("_core_")})
+    return f"a compiled core only for {' and '.join(found)}" if found else "no compiled core"

@@ -1,0 +1,173 @@
+"""How jobs and results become bytes and come back.
+
+Numeric payloads have a dtype: rows of fixed size, no pickle. What does not fit exactly is refused here with the cause and the cure;
+numpy's own conversions would broadcast, cut or wrap silently. Objects travel by pickle protocol 5 with their buffers out of band: arrays
+inside are laid behind the pickle and become views of the receive buffer.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jd_hpc.errors import PayloadError
+
+ALIGN_BYTES = 64
+"""Where buffers start inside a message, so that arrays that become views of it are aligned."""
+
+Frames = list[memoryview]
+
+
+def check_dtype(dtype: Any, name: str) -> np.dtype[Any] | None:
+    """Return `dtype` as a numpy dtype, or None for objects.
+
+    Raises
+    ------
+    PayloadError
+        If it is no dtype, holds Python objects or has no size.
+    """
+    if dtype is None:
+        return None
+    try:
+        given = np.dtype(dtype)
+    except TypeError as error:
+        raise PayloadError(f"{name}: {dtype!r} is no numpy dtype ({error}); use None for Python objects") from error
+    if given.hasobject:
+        raise PayloadError(f"{name}: {given} holds Python objects, which cannot travel as bytes; use {name} = None")
+    if given.itemsize == 0:
+        raise PayloadError(f"{name}: {given} has no size; give its length, or use None for Python objects")
+    return given
+
+
+def as_rows(value: Any, dtype: np.dtype[Any], lead: tuple[int, ...], what: str) -> NDArray[Any]:
+    """Convert `value` to an array of shape `lead` + the row's shape, exactly.
+
+    Parameters
+    ----------
+    value
+        What a hook returned: an array, a number, a sequence; a tuple where the dtype has fields.
+    dtype
+        The row's dtype; a subarray dtype gives the row's shape.
+    lead
+        `()` for one row, `(n,)` for a block of n rows.
+    what
+        Where it came from, for the message.
+
+    Raises
+    ------
+    PayloadError
+        If the shape differs, or the conversion would lose something.
+    """
+    base, shape = dtype.base, lead + dtype.shape
+    if base.names is not None and not isinstance(value, (np.ndarray, np.generic)):
+        return _as_records(value, dtype, lead, what)
+    try:
+        array = np.asarray(value)
+    except Exception as error:  # ragged lists and the like
+        raise PayloadError(f"{what}: {value!r} cannot become an array of {dtype} ({error})") from error
+    if array.shape != shape:
+        raise PayloadError(f"{what} has shape {array.shape} where {shape} was declared ({dtype}); reshape it, or declare its shape")
+    if array.dtype != base:
+        if not np.can_cast(array.dtype, base, "same_kind") or array.dtype.hasobject:
+            raise PayloadError(f"{what} has dtype {array.dtype} where {base} was declared; convert it yourself if that is meant")
+        cast = array.astype(base)
+        if base.kind in "iu" and not np.array_equal(cast, array):
+            raise PayloadError(f"{what}: {array!r} does not fit into {base}")
+        array = cast
+    return np.ascontiguousarray(array).reshape(shape)
+
+
+def _as_records(value: Any, dtype: np.dtype[Any], lead: tuple[int, ...], what: str) -> NDArray[Any]:
+    """Fill records field by field, so that every field is checked."""
+    base = dtype.base
+    names = base.names or ()
+    out = np.zeros(lead + dtype.shape, base)
+    if out.ndim:
+        if not isinstance(value, Sequence) or len(value) != len(out):
+            raise PayloadError(f"{what}: {value!r} is no sequence of {len(out)} records of {base}")
+        for row, item in zip(out, value, strict=True):
+            row[...] = as_rows(item, np.dtype((base, dtype.shape[1:])) if dtype.shape and not lead else base, (), what)
+        return out
+    if not isinstance(value, tuple) or len(value) != len(names):
+        raise PayloadError(f"{what}: {value!r} is no record of {base}; give a tuple of {len(names)} fields or a numpy record")
+    for name, item in zip(names, value, strict=True):
+        out[name] = as_rows(item, base[name], (), f"{what}, field {name!r}")
+    return out
+
+
+def has_nan(rows: NDArray[Any]) -> bool:
+    """Tell whether a floating or complex number in `rows`, in any field, is NaN."""
+    if rows.dtype.names is not None:
+        return any(has_nan(rows[name]) for name in rows.dtype.names)
+    return rows.dtype.kind in "fc" and bool(np.isnan(rows).any())
+
+
+def check_finite(rows: NDArray[Any], what: str) -> None:
+    """Refuse NaN where the user declared it illegal.
+
+    Raises
+    ------
+    PayloadError
+        If there is one.
+    """
+    if has_nan(rows):
+        raise PayloadError(f"{what} contains NaN, and allow_nan is False; find out why, or set allow_nan = True")
+
+
+def pack(value: Any, what: str) -> tuple[Frames, int]:
+    """Pickle `value`; return the pieces of its message and their size in bytes, without copying the buffers inside it.
+
+    Raises
+    ------
+    PayloadError
+        If it cannot be pickled.
+    """
+    buffers: list[pickle.PickleBuffer] = []
+    try:
+        head = pickle.dumps(value, 5, buffer_callback=buffers.append)
+        frames = [memoryview(head), *(buffer.raw() for buffer in buffers)]
+    except Exception as error:
+        raise PayloadError(
+            f"{what} cannot be pickled: {type(error).__name__}: {error}. Keep locks, files, lambdas and generators out of it, or "
+            f"make it plain data"
+        ) from error
+    table = np.array([len(frames), *(frame.nbytes for frame in frames)], "i8")
+    frames.insert(0, memoryview(table.view("u1").data))
+    return frames, sum(_aligned(frame.nbytes) for frame in frames)
+
+
+def pack_into(frames: Frames, out: NDArray[np.uint8]) -> None:
+    """Lay the pieces into `out`, each at a multiple of ALIGN_BYTES."""
+    at = 0
+    for frame in frames:
+        out[at : at + frame.nbytes] = np.frombuffer(frame, "u1") if frame.nbytes else 0
+        at += _aligned(frame.nbytes)
+
+
+def unpack(data: NDArray[np.uint8]) -> Any:
+    """Rebuild what `pack` took apart; arrays inside are views of `data`.
+
+    Raises
+    ------
+    PayloadError
+        If the bytes are not what `pack` writes.
+    """
+    count = int(data[:8].view("i8")[0]) if data.size >= 8 else -1
+    if not 1 <= count <= data.size // 8 - 1:
+        raise PayloadError(f"a pickled message of {data.size} bytes claims to have {count} parts")
+    sizes = data[8 : 8 + 8 * count].view("i8").tolist()
+    at, views = _aligned(8 + 8 * count), []
+    for size in sizes:
+        if size < 0 or at + size > data.size:
+            raise PayloadError(f"a pickled message of {data.size} bytes has parts of {sizes} bytes")
+        views.append(memoryview(data[at : at + size]))  # type: ignore[arg-type]
+        at += _aligned(size)
+    return pickle.loads(views[0], buffers=views[1:])
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGN_BYTES) * ALIGN_BYTES

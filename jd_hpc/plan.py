@@ -1,0 +1,101 @@
+"""A run's hooks and options, resolved once: what dispatcher, local run and compiled core all go by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from jd_hpc import kernel as kernels
+from jd_hpc._batch import Evaluator, Rows
+from jd_hpc.errors import KernelError
+from jd_hpc.payload import check_dtype
+from jd_hpc.wire import PROTOCOL
+
+if TYPE_CHECKING:
+    from jd_hpc.dispatcher import JobDispatcher
+
+Hook = Callable[..., Any]
+
+READ_AHEAD_BATCHES = 1024
+"""How far next_jobs is asked ahead, for small batches: enough to make one call for many messages."""
+READ_AHEAD_BYTES = 1 << 20
+
+
+class Plan:
+    """What one run goes by.
+
+    Parameters
+    ----------
+    dispatcher : JobDispatcher
+        Whose hooks and options these are.
+    overridden : callable
+        Tells whether the hook of that name is the user's own.
+
+    Raises
+    ------
+    PayloadError, KernelError
+        If a dtype cannot travel, or the kernel is none or has nothing to work on.
+    """
+
+    def __init__(self, dispatcher: JobDispatcher, overridden: Callable[[str], bool]) -> None:
+        self.grain: int = dispatcher.grain
+        self.credit: int = dispatcher.credit
+        self.min_slaves: int = dispatcher.min_slaves
+        self.payload_limit: int = dispatcher.payload_limit
+        self.allow_nan: bool = bool(dispatcher.allow_nan)
+        self.job_dtype = check_dtype(dispatcher.job_dtype, "job_dtype")
+        self.result_dtype = check_dtype(dispatcher.result_dtype, "result_dtype")
+        self.job_rows: Rows | None = None if self.job_dtype is None else Rows(self.job_dtype)
+        self.result_rows: Rows | None = None if self.result_dtype is None else Rows(self.result_dtype)
+
+        def own(name: str) -> Hook | None:
+            return getattr(dispatcher, name) if overridden(name) else None
+
+        self.next_job: Hook = dispatcher.next_job
+        self.process_job: Hook = dispatcher.process_job
+        self.process_result: Hook = dispatcher.process_result
+        self.process_failure: Hook = dispatcher.process_failure
+        self.next_jobs = own("next_jobs")
+        self.process_jobs = own("process_jobs")
+        self.process_results = own("process_results")
+        self.on_slave_started = own("on_slave_started")
+        self.on_slave_idle = own("on_slave_idle")
+        self.on_job_sent = own("on_job_sent")
+        self.on_result = own("on_result")
+        self.kernel = self._kernel(dispatcher.kernel)
+        self.read_ahead = self._read_ahead()
+
+    def _kernel(self, given: Any) -> kernels.Kernel | None:
+        if given is None:
+            return None
+        if self.job_rows is None or self.result_rows is None:
+            raise KernelError("a compiled kernel needs rows to work on: declare both job_dtype and result_dtype")
+        return kernels.resolve(given)
+
+    def _read_ahead(self) -> int:
+        """Batches that next_jobs is asked for before a slave is free; next_job is asked only when one is."""
+        if self.next_jobs is None or self.job_rows is None:
+            return 0
+        batch_bytes = self.grain * self.job_rows.row_bytes
+        return max(1, min(READ_AHEAD_BATCHES // self.grain, READ_AHEAD_BYTES // batch_bytes))
+
+    def evaluator(self) -> Evaluator:
+        """Return what runs a batch of jobs."""
+        return Evaluator(self.process_job, self.process_jobs, self.job_rows, self.result_rows, self.allow_nan, self.kernel)
+
+    def facts(self) -> dict[str, str]:
+        """Return what must be the same on all ranks, for a slave's first message."""
+        return {
+            "wire protocol": str(PROTOCOL),
+            "job_dtype": str(self.job_dtype),
+            "result_dtype": str(self.result_dtype),
+            "grain": str(self.grain),
+            "credit": str(self.credit),
+        }
+
+    def differences(self, theirs: dict[str, str]) -> str:
+        """Say in words how another rank's facts differ from these; nothing if they do not."""
+        mine = self.facts()
+        return "; ".join(
+            f"{name} is {theirs.get(name)} there and {mine.get(name)} here" for name in sorted(mine | theirs) if mine.get(name) != theirs.get(name)
+        )
