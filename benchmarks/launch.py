@@ -109,8 +109,10 @@ class Launcher:
 
     def run(self, command: Command) -> Record | None:
         """Run and return what the program printed, or None if it failed; `failures` then says why."""
-        oversubscribe = ["--oversubscribe"] if self.family == "openmpi" else []
-        line = [self.mpiexec, *oversubscribe, "-n", str(command.ranks), *command.arguments]
+        # Open MPI refuses more ranks than cores, and binds two ranks to a core each but not four: nobody is bound here, as
+        # under MPICH, or else the threads of mpi4py.futures would have to share a core.
+        options = ["--oversubscribe", "--bind-to", "none"] if self.family == "openmpi" else []
+        line = [self.mpiexec, *options, "-n", str(command.ranks), *command.arguments]
         process = subprocess.Popen(
             line,
             env=self.environment,

@@ -12,7 +12,7 @@ Four rules that your own sweep can copy:
 
 1. A job is small: the number of its first resampling. What all jobs share (data, tables), every rank builds in
    `__init__`.
-2. A job is worth its journey: 250 resamplings take about 10 ms, a message some microseconds.
+2. A job is worth its journey: 250 resamplings take some 15 ms, a message some microseconds.
 3. Randomness belongs to the resampling, not to the rank: each one has a random stream keyed by its own number.
 4. Results are stored by job number, not in order of arrival. By 3 and 4 the digits do not depend on how many ranks ran.
 """

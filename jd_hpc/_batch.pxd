@@ -1,5 +1,6 @@
 """Rows, buffers and the evaluation of a batch, for the compiled core. No MPI."""
 from libc.stdint cimport int32_t, int64_t
+cimport cython
 cimport numpy as cnp
 
 ctypedef int32_t (*kernel_t)(const void *job, void *result, void *user_data) noexcept nogil
@@ -24,6 +25,7 @@ cdef class Rows:
     cdef object take(self, const char *where)
 
 
+@cython.final
 cdef class Buffer:
     cdef readonly cnp.ndarray memory    # uint8, owns the bytes
     cdef readonly cnp.ndarray rows      # the same bytes from `offset` on as rows, or None
@@ -32,7 +34,7 @@ cdef class Buffer:
     cdef Rows codec
     cdef readonly int64_t offset
     cdef bint writeable
-    cdef bint kept(self) noexcept
+    cpdef bint kept(self) noexcept
     cdef Buffer like(self)
     cdef Buffer unshared(self)
 

@@ -8,7 +8,7 @@ The rules it keeps:
 - What a hook returns either is exactly what was declared, or is refused (payload.py): never cut, broadcast or wrapped.
 """
 from cpython.object cimport PyObject, PyTypeObject
-from cpython.ref cimport Py_INCREF, Py_REFCNT
+from cpython.ref cimport Py_INCREF
 from libc.stdint cimport int32_t, int64_t, uintptr_t
 from libc.string cimport memcpy, memset
 cimport numpy as cnp
@@ -17,6 +17,9 @@ import numpy as np
 
 from jd_hpc.errors import KernelError, PayloadError
 from jd_hpc.payload import as_rows, check_finite
+
+cdef extern from "Python.h":
+    Py_ssize_t Py_REFCNT(PyObject *held)  # takes a pointer: passing an object would count the argument itself
 
 cdef extern from "numpy/arrayobject.h":
     object PyArray_Scalar(void *data, cnp.PyArray_Descr *dtype, PyObject *base)  # base NULL: copies the data
@@ -85,7 +88,8 @@ cdef class Rows:
         if self.axes == 0:
             return PyArray_Scalar(<void *> where, <cnp.PyArray_Descr *> self.base, NULL)
         Py_INCREF(self.base)  # PyArray_NewFromDescr takes this reference over
-        array = PyArray_NewFromDescr(<PyTypeObject *> cnp.ndarray, <cnp.PyArray_Descr *> self.base, self.axes, self.lengths, NULL, NULL, 0, NULL)
+        array = PyArray_NewFromDescr(<PyTypeObject *> cnp.ndarray, <cnp.PyArray_Descr *> self.base, self.axes, self.lengths,
+                                     NULL, NULL, 0, NULL)
         memcpy(cnp.PyArray_DATA(array), where, self.row_bytes)
         return array
 
@@ -124,11 +128,11 @@ cdef class Buffer:
             self.memory.flags.writeable = writeable
             self.rows = np.ndarray(((size - offset) // codec.row_bytes,), codec.dtype, self.memory, offset)
 
-    cdef bint kept(self) noexcept:
-        """Whether anybody else still refers to these bytes."""
+    cpdef bint kept(self) noexcept:
+        """Whether anybody else still refers to these bytes: more than this object, and `rows`, whose base they are."""
         if self.rows is None:
-            return Py_REFCNT(self.memory) > 1
-        return Py_REFCNT(self.memory) > 2 or Py_REFCNT(self.rows) > 1
+            return Py_REFCNT(<PyObject *> self.memory) > 1
+        return Py_REFCNT(<PyObject *> self.memory) > 2 or Py_REFCNT(<PyObject *> self.rows) > 1
 
     cdef Buffer like(self):
         """A fresh one of the same kind."""

@@ -4,7 +4,8 @@
 The rules it keeps:
 
 - Nothing blocks: every send and receive is posted and tested. A buffer belongs to its request until that completes.
-- Only messages of up to MESSAGE_BYTES meet a wildcard; a longer payload is announced by its header and received from that one source.
+- Only messages of up to MESSAGE_BYTES meet a wildcard; a longer payload is announced by its header and received from that one
+  source.
 - Arrays of numbers pass through without the GIL; whatever needs Python takes it once for a batch of messages.
 - An idle rank spins briefly, then yields, then sleeps with growing pauses; whenever it sleeps it looks for signals.
 - Every MPI return code passes `check`.
@@ -12,10 +13,10 @@ The rules it keeps:
 One C source serves every MPI family: setup.py names the module _core_<family>; machine.py loads the one that fits mpi4py's MPI.
 """
 from cpython.exc cimport PyErr_CheckSignals
-from libc.stdint cimport int32_t, int64_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uint32_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memmove, memset
-from posix.time cimport nanosleep, timespec
+from posix.time cimport clock_gettime, nanosleep, timespec
 cimport numpy as cnp
 from mpi4py.libmpi cimport *
 
@@ -35,15 +36,31 @@ cnp.import_array()
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
 
+cdef extern from *:
+    """
+    #include <time.h>
+    /* Reading the coarse clock takes a few ns; it ticks every 1 to 10 ms, which is all that is needed here. */
+    #ifdef CLOCK_MONOTONIC_COARSE
+    #define JD_COARSE_CLOCK CLOCK_MONOTONIC_COARSE
+    #else
+    #define JD_COARSE_CLOCK CLOCK_MONOTONIC
+    #endif
+    """
+    const int JD_COARSE_CLOCK
+
 cdef enum:
     # An idle rank polls this often, then yields this often, then sleeps: on the benchmark's machine 200 polls are about 10 us
     SPIN_POLLS = 200
-    YIELD_POLLS = 200
-    SLEEP_FIRST_NS = 10_000
+    YIELD_POLLS = 2000
+    SLEEP_FIRST_NS = 1_000
     SLEEP_MOST_NS = 500_000
-    BUSY_POLLS_PER_SIGNAL_CHECK = 1 << 14
+    SIGNAL_CHECK_NS = 4_000_000
+    DEAF_NS = 2_000_000_000
+    HEAD_POLLS_PER_SWEEP = 256
     # rows up to this size are copied out for the single hooks: keeping one must not keep a whole message
     COPY_ROW_BYTES = 4096
+    # what a slave says besides results (facts, errors) may be as large as this, whatever payload_limit is
+    REPORT_LIMIT_BYTES = 1 << 26
 
 cdef struct Outgoing:
     char *data              # header and payload, one piece of memory
@@ -63,6 +80,12 @@ cdef int check(int code) except -1 nogil:
     with gil:
         raise_mpi_error(code)
     return -1
+
+
+cdef int64_t coarse_ns() noexcept nogil:
+    cdef timespec now
+    clock_gettime(JD_COARSE_CLOCK, &now)  # cannot fail with a clock that exists
+    return <int64_t> now.tv_sec * 1_000_000_000 + now.tv_nsec
 
 
 cdef int raise_mpi_error(int code) except -1:
@@ -87,6 +110,10 @@ cdef class Link:
     cdef int source                     # MPI_ANY_SOURCE on the master, 0 on a slave
     cdef int posted
     cdef MPI_Request *receives
+    cdef int *order                     # ring: the receives in the order in which they were posted
+    cdef int order_head
+    cdef int order_length
+    cdef int64_t empty_polls
     cdef MPI_Status *statuses
     cdef int *completed
     cdef list messages                  # their Buffers
@@ -97,13 +124,14 @@ cdef class Link:
     cdef int body_count
     cdef Body *bodies
     cdef list body_buffers
-    cdef int *body_turn                 # for each rank: bodies sent to it so far, which gives the next one's tag
+    cdef uint32_t[::1] body_turn         # for each rank: bodies sent to it in all runs so far, which gives the next one's tag
     # the pause of an idle rank
     cdef int64_t idle_polls
     cdef int64_t pause_ns
-    cdef int64_t polls
+    cdef int64_t looked_ns              # when Python's signal handlers last had their turn
+    cdef int64_t deaf_until_ns          # until then they have none
 
-    def __cinit__(self, uintptr_t handle, int64_t run, *args, **kwargs):
+    def __cinit__(self, uintptr_t handle, int64_t run, uint32_t[::1] body_turn, *args):
         self.comm = <MPI_Comm> handle
         self.unit = MPI_DATATYPE_NULL
         check(MPI_Comm_rank(self.comm, &self.rank))
@@ -115,18 +143,16 @@ cdef class Link:
         self.messages = []
         self.early = []
         self.body_buffers = []
-        self.body_turn = <int *> calloc(self.size, sizeof(int))
-        if self.body_turn == NULL:
-            raise MemoryError()
+        self.body_turn = body_turn
 
     def __dealloc__(self):
         cdef int finalized = 0
         free(self.receives)
+        free(self.order)
         free(self.statuses)
         free(self.completed)
         free(self.message_data)
         free(self.bodies)
-        free(self.body_turn)
         MPI_Finalized(&finalized)  # a failure here leaves 0, and the type is freed
         if not finalized and self.unit != MPI_DATATYPE_NULL:
             MPI_Type_free(&self.unit)  # nobody is left to hear of an error
@@ -138,11 +164,12 @@ cdef class Link:
         self.body_limit = body_limit
         self.message_rows = rows
         self.receives = <MPI_Request *> calloc(posted, sizeof(MPI_Request))
-        self.statuses = <MPI_Status *> calloc(max(posted, body_limit), sizeof(MPI_Status))
-        self.completed = <int *> calloc(max(posted, body_limit), sizeof(int))
+        self.order = <int *> calloc(posted, sizeof(int))
+        self.statuses = <MPI_Status *> calloc(posted, sizeof(MPI_Status))
+        self.completed = <int *> calloc(posted, sizeof(int))
         self.message_data = <char **> calloc(posted, sizeof(char *))
         self.bodies = <Body *> calloc(body_limit, sizeof(Body))
-        if not (self.receives and self.statuses and self.completed and self.message_data and self.bodies):
+        if not (self.receives and self.order and self.statuses and self.completed and self.message_data and self.bodies):
             raise MemoryError()
         self.body_buffers = [None] * body_limit
         for i in range(posted):
@@ -161,13 +188,48 @@ cdef class Link:
         return 0
 
     cdef int repost(self, int i) except -1 nogil:
-        return check(MPI_Irecv(self.message_data[i], MESSAGE_BYTES, MPI_BYTE, self.source, TAG_MESSAGE, self.comm, &self.receives[i]))
+        cdef int tail = self.order_head + self.order_length
+        self.order[tail if tail < self.posted else tail - self.posted] = i
+        self.order_length += 1
+        return check(MPI_Irecv(self.message_data[i], MESSAGE_BYTES, MPI_BYTE, self.source, TAG_MESSAGE, self.comm,
+                               &self.receives[i]))
 
     cdef int poll(self) except -1 nogil:
-        """How many messages came in; `completed` names their receives, which are to be reposted."""
-        cdef int count = 0
+        """How many messages came in; `completed` names their receives, which are to be reposted.
+
+        Messages match the receives in the order in which these were posted, so it is enough to test the first one. Should a sender
+        die in the middle of a message, its receive never completes: now and then all are tested.
+        """
+        cdef int i, flag = 0, count = 0
+        while self.order_length > 0:
+            i = self.order[self.order_head]
+            check(MPI_Test(&self.receives[i], &flag, &self.statuses[count]))
+            if not flag:
+                break
+            self.completed[count] = i
+            count += 1
+            self.order_head = 0 if self.order_head + 1 == self.posted else self.order_head + 1
+            self.order_length -= 1
+        if count > 0:
+            return count
+        self.empty_polls += 1
+        if self.empty_polls % HEAD_POLLS_PER_SWEEP == 0:
+            return self.sweep()
+        return 0
+
+    cdef int sweep(self) except -1 nogil:
+        """Test all receives, and take those that are complete out of the order."""
+        cdef int k, i, count = 0, kept = 0, length = self.order_length
         check(MPI_Testsome(self.posted, self.receives, &count, self.completed, self.statuses))
-        return 0 if count == MPI_UNDEFINED else count
+        if count == MPI_UNDEFINED or count == 0:
+            return 0
+        for k in range(length):
+            i = self.order[(self.order_head + k) % self.posted]
+            if self.receives[i] != MPI_REQUEST_NULL:
+                self.order[(self.order_head + kept) % self.posted] = i
+                kept += 1
+        self.order_length = kept
+        return count
 
     cdef bint is_ours(self, int k) except -1 nogil:
         """Whether the k-th completed message belongs to this run and is whole."""
@@ -193,10 +255,8 @@ cdef class Link:
         cdef Buffer buffer
         cdef int64_t wanted = padded_bytes(header.body_bytes)
         cdef int i = self.body_count
-        if header.body_bytes > self.payload_limit:
-            raise PayloadError(
-                f"rank {source} sends a payload of {header.body_bytes} bytes, over payload_limit = {self.payload_limit}; raise payload_limit"
-            )
+        if header.body_bytes - header.failure_bytes > max(self.payload_limit, <int64_t> REPORT_LIMIT_BYTES):
+            raise ProtocolError(f"rank {source} announces {header.body_bytes} bytes, over payload_limit = {self.payload_limit}")
         if i == self.body_limit:
             raise ProtocolError(f"rank {source} announces a body while {i} are on their way: more than all the credit given out")
         if not TAG_BODY <= header.body_tag < TAG_BODY + TAG_BODY_COUNT:
@@ -246,7 +306,8 @@ cdef class Link:
         header.magic = MAGIC
         header.run = self.run
         if header.body_bytes <= INLINE_BYTES:
-            return check(MPI_Isend(out.data, HEADER_BYTES + <int> header.body_bytes, MPI_BYTE, dest, TAG_MESSAGE, self.comm, &out.head))
+            return check(MPI_Isend(out.data, HEADER_BYTES + <int> header.body_bytes, MPI_BYTE, dest, TAG_MESSAGE, self.comm,
+                                   &out.head))
         header.body_tag = TAG_BODY + self.body_turn[dest] % TAG_BODY_COUNT
         self.body_turn[dest] += 1
         check(MPI_Isend(out.data, HEADER_BYTES, MPI_BYTE, dest, TAG_MESSAGE, self.comm, &out.head))
@@ -260,11 +321,12 @@ cdef class Link:
             check(MPI_Test(&out.body, &flag, MPI_STATUS_IGNORE))
         return flag != 0
 
-    cdef Buffer packed(self, object value, str what, int64_t room_before=0):
-        """A buffer with space for a header and `room_before` bytes, then `value` pickled."""
+    cdef Buffer packed(self, object value, str what, int64_t limit, int64_t room_before=0):
+        """A buffer with space for a header and `room_before` bytes, then `value` pickled into at most `limit` bytes."""
         frames, size = pack(value, what)
-        if size > self.payload_limit:
-            raise PayloadError(f"{what} takes {size} bytes, over payload_limit = {self.payload_limit}; split it, or raise payload_limit")
+        if size > limit:
+            raise PayloadError(f"{what} takes {size} bytes, over payload_limit = {limit}; split it, lower grain, or raise "
+                               "payload_limit")
         cdef Buffer buffer = Buffer(HEADER_BYTES + padded_bytes(room_before + size))
         memset(buffer.data, 0, HEADER_BYTES)
         pack_into(frames, buffer.memory[HEADER_BYTES + room_before:])
@@ -279,11 +341,7 @@ cdef class Link:
         if busy:
             self.idle_polls = 0
             self.pause_ns = SLEEP_FIRST_NS
-            self.polls += 1
-            if self.polls % BUSY_POLLS_PER_SIGNAL_CHECK == 0:
-                with gil:
-                    PyErr_CheckSignals()
-            return 0
+            return self.look_up(coarse_ns())
         self.idle_polls += 1
         if self.idle_polls <= SPIN_POLLS:
             return 0
@@ -292,10 +350,22 @@ cdef class Link:
             return 0
         pause.tv_sec = 0
         pause.tv_nsec = self.pause_ns
-        nanosleep(&pause, NULL)  # a signal that cuts it short is looked at next
+        nanosleep(&pause, NULL)  # a signal that cuts it short is looked at soon
         self.pause_ns = min(2 * self.pause_ns, <int64_t> SLEEP_MOST_NS)
+        return self.look_up(coarse_ns())
+
+    cdef int look_up(self, int64_t now) except -1 nogil:
+        """Every few ms Python's signal handlers have their turn, which is how Ctrl-C gets through."""
+        if now - self.looked_ns < SIGNAL_CHECK_NS or now < self.deaf_until_ns:
+            return 0
+        self.looked_ns = now
         with gil:
             PyErr_CheckSignals()
+        return 0
+
+    cdef int turn_deaf(self) noexcept nogil:
+        """While ranks part, a Ctrl-C waits: parting takes a moment, unless somebody is still in a long job, or gone."""
+        self.deaf_until_ns = coarse_ns() + <int64_t> DEAF_NS
         return 0
 
     cdef int unpost(self) except -1:
@@ -310,7 +380,7 @@ cdef class Link:
             if not cancelled:
                 self.completed[0] = i
                 self.is_ours(0)
-        self.posted = 0
+        self.posted = self.order_length = 0
         return 0
 
 

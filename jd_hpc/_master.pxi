@@ -6,7 +6,7 @@ cdef enum:
     FETCH_MOST = 64             # batches asked of next_job before results are looked at again
     COLLECT_ROWS = 1024         # results in small messages are handed over at the latest when there are so many
     COLLECT_BYTES = 1 << 20
-    BLOCK_PATIENCE_POLLS = 64   # ... or after so many polls without a message
+    BLOCK_PATIENCE_POLLS = SPIN_POLLS + 16  # ... or after so many polls without a message: not while others run on this core
 
 cdef list aside = []  # buffers of sends that never completed: MPI may read them until the process ends
 
@@ -54,8 +54,10 @@ cdef class Master(Link):
     cdef object failure                 # what a slave reported: raised by run_jobs
     cdef bint stopping
     cdef int *said_bye                  # for each rank
+    cdef list early_in                  # what came in for this run while the last one ended
 
-    def __cinit__(self, uintptr_t handle, int64_t run):
+    def __cinit__(self, uintptr_t handle, int64_t run, uint32_t[::1] body_turn, list early):
+        self.early_in = early
         self.said_bye = <int *> calloc(self.size, sizeof(int))
         if self.said_bye == NULL:
             raise MemoryError()
@@ -65,7 +67,7 @@ cdef class Master(Link):
         free(self.slots)
         free(self.said_bye)
 
-    def begin(self, plan, int slave_count, list early):
+    def begin(self, plan, int slave_count):
         """Post the receives and lay out the slots. Without a plan the master can only tell the slaves to stop."""
         cdef int credit = plan.credit if plan else 1
         cdef int limit = max(1, slave_count * credit)
@@ -76,6 +78,7 @@ cdef class Master(Link):
         # a body on its way for every batch given out, and for what each rank says besides
         self.post(MPI_ANY_SOURCE, min(max(POSTED_LEAST, limit), <int> POSTED_MOST), limit + 2 * self.size, self.result_rows)
         if not plan:
+            self.stopping = True
             return
         self.plan = plan
         self.grain, self.read_ahead, self.allow_nan = plan.grain, plan.read_ahead, plan.allow_nan
@@ -87,8 +90,7 @@ cdef class Master(Link):
         self.scheduler = Scheduler(slave_count, credit, limit + self.read_ahead)
         self.lay_out_slots()
         self.lay_out_collection()
-        for source, data in early:
-            self.accept_early(source, data)
+        self.accept_early()
 
     cdef int lay_out_slots(self) except -1:
         cdef int slot, count = self.scheduler.batch_count
@@ -153,9 +155,13 @@ cdef class Master(Link):
     cdef bint wants_python(self, int empty_polls) noexcept nogil:
         if self.attention or self.is_alone():
             return True
-        if self.collected and (not self.in_blocks or self.collected >= self.collect_limit or empty_polls > BLOCK_PATIENCE_POLLS):
+        if self.collected == 0:
+            return not self.exhausted and self.room() > 0
+        if not self.in_blocks or self.collected >= self.collect_limit or empty_polls > BLOCK_PATIENCE_POLLS:
             return True
-        return not self.exhausted and self.room() > 0
+        if self.exhausted:  # with these results the user may have new jobs for the slaves
+            return empty_polls > 0 and self.scheduler.waiting_count == 0
+        return self.room() > 0
 
     cdef bint is_alone(self) noexcept nogil:
         """Whether so few slaves are left that the master does the work."""
@@ -285,7 +291,8 @@ cdef class Master(Link):
         elif buffer is not None and not buffer.kept():
             return slot
         if self.job_rows is not None:
-            self.set_slot(slot, Buffer(HEADER_BYTES + padded_bytes(self.grain * self.job_rows.row_bytes), self.job_rows, HEADER_BYTES))
+            buffer = Buffer(HEADER_BYTES + padded_bytes(self.grain * self.job_rows.row_bytes), self.job_rows, HEADER_BYTES)
+            self.set_slot(slot, buffer)
         return slot
 
     cdef int set_slot(self, int slot, Buffer buffer) except -1:
@@ -316,9 +323,9 @@ cdef class Master(Link):
     cdef int pack_slot(self, int slot, list objects) except -1:
         cdef Buffer buffer
         try:
-            buffer = self.packed(objects, "what next_job returned")
+            buffer = self.packed(objects, "what next_job returned", self.payload_limit)
         except PayloadError as error:
-            error.add_note(f"This was job {self.next_index}" + (f" or one of the {len(objects)} from there on." if len(objects) > 1 else "."))
+            error.add_note(f"This was job {self.next_index}, or one of the {len(objects)} from there on.")
             raise
         self.set_slot(slot, buffer)
         self.slot_jobs[slot] = objects
@@ -379,25 +386,38 @@ cdef class Master(Link):
         return 0
 
     cdef int tell_result(self, int slave, int64_t first, int count) except -1:
-        if self.tells_result:
-            for index in range(first, first + count):
-                self.plan.on_result(slave, index)
-        if self.tells_idle and self.scheduler.held(slave) == 0 and self.scheduler.waiting_count == 0:
-            self.plan.on_slave_idle(slave)
+        try:
+            if self.tells_result:
+                for index in range(first, first + count):
+                    self.plan.on_result(slave, index)
+            if self.tells_idle and self.scheduler.held(slave) == 0 and self.scheduler.waiting_count == 0:
+                self.plan.on_slave_idle(slave)
+        except BaseException as error:
+            self.fail(error)
         return 0
 
     cdef int accept(self, int i, int source) except -1:
-        """A message that needs Python."""
-        self.accept_message(self.messages[i], source)
+        """A message that needs Python. What goes wrong is raised by run_jobs: all messages that came in are dealt with first."""
+        try:
+            self.accept_message(self.messages[i], source)
+        except BaseException as error:
+            self.fail(error)
         if (<Buffer> self.messages[i]).kept():
             self.renew_message(i)
         return 0
 
-    cdef int accept_early(self, int source, bytes data) except -1:
-        """A message that came in while the run before this one ended."""
-        cdef Buffer buffer = Buffer(MESSAGE_BYTES, self.result_rows, HEADER_BYTES)
-        memcpy(buffer.data, <const char *> data, len(data))
-        return self.accept_message(buffer, source)
+    cdef int accept_early(self) except -1:
+        """Deal with the messages that came in while the run before this one ended."""
+        cdef Buffer buffer
+        while self.early_in:
+            source, data = self.early_in.pop(0)
+            buffer = Buffer(MESSAGE_BYTES, self.result_rows, HEADER_BYTES)
+            memcpy(buffer.data, <const char *> <bytes> data, len(data))
+            try:
+                self.accept_message(buffer, source)
+            except BaseException as error:
+                self.fail(error)
+        return 0
 
     cdef int accept_message(self, Buffer buffer, int source) except -1:
         """A whole message is handled; a longer one's body is received first."""
@@ -418,12 +438,18 @@ cdef class Master(Link):
         cdef Header header = self.bodies[i].header
         cdef int source = self.bodies[i].source
         cdef Buffer buffer = self.take_body(i)
-        return self.handle(&header, source, buffer, 0)
+        try:
+            self.handle(&header, source, buffer, 0)
+        except BaseException as error:
+            self.fail(error)
+        return 0
 
     cdef int handle(self, Header *header, int source, Buffer buffer, int64_t offset) except -1:
         """Deal with a message that is complete."""
         if header.kind == KIND_BYE:
             self.said_bye[source] = True
+            if not self.stopping:
+                self.fail(SlaveError(source, Failure("SlaveLeft", "it left the run before the end", "", None)))
         elif self.stopping:
             return 0  # whatever a slave still says, the run is over
         elif header.kind == KIND_RESULTS:
@@ -449,8 +475,8 @@ cdef class Master(Link):
         """A slave reports for work."""
         wrong = self.plan.differences(facts)
         if wrong:
-            return self.fail(RanksDisagreeError(f"slave {slave} and the master disagree: {wrong}; start all ranks with the same script, "
-                                                "options and environment"))
+            return self.fail(RanksDisagreeError(f"slave {slave} and the master disagree: {wrong}; start all ranks with the same "
+                                                "script, options and environment"))
         if self.scheduler.on_ready(slave) < 0:
             return self.fail(ProtocolError(f"slave {slave} reports for work twice"))
         if self.plan.on_slave_started is not None:
@@ -473,7 +499,9 @@ cdef class Master(Link):
         else:
             try:
                 results = unpack(buffer.memory[offset:end])
-            except Exception as error:  # it was pickled well, but cannot be rebuilt here
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # it was pickled well, but cannot be rebuilt here
                 failures = dict.fromkeys(range(header.count), Failure.of(error))
         self.parcels.append((header.slot, source, results, failures))
         self.attention = True
@@ -573,6 +601,8 @@ cdef class Master(Link):
         jobs = self.slot_jobs[slot] if self.job_rows is None else (<Buffer> self.slot_buffers[slot]).rows
         failures = {at: Failure.of(error) for at, error in self.evaluator.evaluate(jobs, count, out, objects)}
         if self.scheduler.on_result(0, slot, self.scheduler.first(slot), count, self.scheduler.attempt(slot)) == VERDICT_DELIVER:
+            if out is not None:
+                out.rows.flags.writeable = False
             self.parcels.append((slot, 0, objects if out is None else out.rows, failures))
             self.attention = True
         return 0
@@ -594,15 +624,16 @@ cdef class Master(Link):
         """Tell every rank that the run is over, and wait until each has left it. Results that still come in are dropped."""
         cdef Outgoing *stops = <Outgoing *> calloc(self.size, sizeof(Outgoing))
         cdef list buffers = [Buffer(HEADER_BYTES) for _ in range(self.size)]
-        cdef int rank, slot
-        cdef bint waiting = True
+        cdef int rank
         if stops == NULL:
             raise MemoryError()
-        if self.posted == 0:
-            self.begin(None, 0, [])  # the run failed before it began
-        self.stopping = True
-        self.collects = False
+        self.turn_deaf()
         try:
+            if self.posted == 0:
+                self.begin(None, 0)  # the run failed before it began
+            self.stopping = True
+            self.collects = False
+            self.accept_early()
             for rank in range(1, self.size):
                 stops[rank].head = stops[rank].body = MPI_REQUEST_NULL
                 stops[rank].data = (<Buffer> buffers[rank]).data
@@ -610,20 +641,32 @@ cdef class Master(Link):
                 (<Header *> stops[rank].data).kind = KIND_STOP
                 self.send(&stops[rank], rank)
             with nogil:
-                while waiting:
-                    waiting = self.take_in()
-                    waiting = self.take_bodies() or waiting
-                    self.rest(waiting)
-                    for rank in range(1, self.size):
-                        waiting = waiting or not self.said_bye[rank] or not self.is_sent(&stops[rank])
+                while not self.is_over(stops):
+                    self.rest(self.take_in() or (self.body_count > 0 and self.take_bodies()))
+            self.clear_slots()
+            self.unpost()
+        except BaseException:
+            # Interrupted for the second time: MPI may still write to and read from all of these.
+            aside.extend((buffers, self.messages, self.body_buffers, self.slot_buffers))
+            raise
         finally:
-            if waiting:  # interrupted: the sends may not be complete
-                aside.append(buffers)
             free(stops)
+
+    cdef bint is_over(self, Outgoing *stops) except -1 nogil:
+        """Whether every rank was told and has left, and nothing is on its way."""
+        cdef int rank
+        for rank in range(1, self.size):
+            if not self.said_bye[rank] or not self.is_sent(&stops[rank]):
+                return False
+        return self.body_count == 0
+
+    cdef int clear_slots(self) except -1:
+        """Let go of the slots: whoever has not received a job by now never will."""
+        cdef int slot
         for slot in range(self.scheduler.batch_count if self.scheduler is not None else 0):
-            if self.slots[slot].data != NULL and not self.is_sent(&self.slots[slot]):
+            if not self.is_sent(&self.slots[slot]):
                 self.set_aside(slot)
-        self.unpost()
+        return 0
 
 
 cdef object row_of(Rows codec, object rows, int i):

@@ -24,6 +24,9 @@ cdef class Slave(Link):
     cdef int *queue                     # receives that hold a message not looked at yet, in order of arrival
     cdef int queue_length
     cdef bint stopped
+    cdef bint leaving
+    cdef object trouble                 # what went wrong while messages were taken in
+    cdef int64_t polled_ns
 
     def __dealloc__(self):
         free(self.outs)
@@ -78,11 +81,18 @@ cdef class Slave(Link):
                 self.rest(self.step())
 
     cdef bint step(self) except -1 nogil:
-        """Look for messages, then run at most one batch: a stop that came in meanwhile is seen before the next one."""
-        cdef int i, moved
-        moved = self.take_in()
-        if self.stopped:
-            return True
+        """Look for messages, then run at most one batch: a stop that came in meanwhile is seen before the next one.
+
+        With work at hand and next to no time gone, looking again can wait.
+        """
+        cdef int i
+        cdef bint moved = False
+        cdef int64_t now = coarse_ns()
+        if self.queue_length == 0 or now != self.polled_ns:
+            self.polled_ns = now
+            moved = self.take_in()
+            if self.stopped:
+                return True
         if self.body_count:
             i = self.finished_body()
             if i >= 0:
@@ -111,12 +121,23 @@ cdef class Slave(Link):
                 self.stopped = True
             elif header.kind == KIND_JOBS and header.body_bytes > INLINE_BYTES:
                 with gil:
-                    self.expect_body(header, 0, self.job_rows)
+                    self.expect(header)
                 self.repost(i)
             else:
                 self.queue[self.queue_length] = i
                 self.queue_length += 1
+        if self.trouble is not None and not self.leaving:
+            with gil:
+                raise self.trouble
         return count > 0
+
+    cdef int expect(self, Header *header) except -1:
+        """Receive a body. What goes wrong is raised when all messages that came in are dealt with: none may be lost."""
+        try:
+            self.expect_body(header, 0, self.job_rows)
+        except BaseException as error:
+            self.trouble = error
+        return 0
 
     cdef int run_message(self, int i) except -1 nogil:
         """A batch that came whole in a message."""
@@ -145,7 +166,8 @@ cdef class Slave(Link):
             if self.job_rows is None or header.body_bytes == header.count * self.job_rows.row_bytes:
                 return 0
         with gil:
-            raise ProtocolError(f"the master sent kind {header.kind}: {header.count} jobs in {header.body_bytes} bytes, grain {self.grain}")
+            raise ProtocolError(f"the master sent a message of kind {header.kind} with {header.count} jobs in {header.body_bytes} "
+                                f"bytes; grain is {self.grain}")
 
     cdef int run_body(self, int i) except -1:
         cdef Header header = self.bodies[i].header
@@ -166,7 +188,9 @@ cdef class Slave(Link):
         out = self.out_buffers[k]
         try:
             jobs = unpack(buffer.memory[offset:offset + job.body_bytes]) if self.job_rows is None else buffer.rows
-        except Exception as error:  # it was pickled well, but cannot be rebuilt here
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # it was pickled well, but cannot be rebuilt here
             failures = [(at, error) for at in range(job.count)]
         else:
             failures = self.evaluator.evaluate(jobs, job.count, out, results)
@@ -176,12 +200,10 @@ cdef class Slave(Link):
             return 0
         out = None
         self.answer(k, &job, job.count * self.result_rows.row_bytes, 0)
+        self.keep_out(k)
         if failures:
-            self.send_failures(k, &job, failures)
-        else:
-            self.keep_out(k)
-            self.send(&self.outs[k], 0)
-        return 0
+            return self.send_failures(k, &job, failures)
+        return self.send(&self.outs[k], 0)
 
     cdef int keep_out(self, int k) except -1:
         """A hook kept its `results`: send a copy, so that what it does with them later cannot change what was sent."""
@@ -196,12 +218,13 @@ cdef class Slave(Link):
         """Send results that are Python objects; one that cannot be pickled is that job's failure, not the others'."""
         cdef Buffer out
         try:
-            out = self.packed(results, "what process_job returned")
-        except Exception:
-            failures = failures + self.unsendable(results)
+            out = self.packed(results, "what process_job returned", self.payload_limit)
+        except PayloadError as error:
+            # together they may be too large although each one is not
+            failures += self.unsendable(results) or [(at, error) for at in range(job.count)]
             for at, _ in failures:
                 results[at] = None
-            out = self.packed(results, "what process_job returned")
+            out = self.packed(results, "what process_job returned", self.payload_limit)
         self.set_packed(k, out)
         self.answer(k, job, (<Header *> out.data).body_bytes, 0)
         if failures:
@@ -212,8 +235,8 @@ cdef class Slave(Link):
         cdef list failures = []
         for at, result in enumerate(results):
             try:
-                self.packed(result, "what process_job returned")
-            except Exception as error:
+                self.packed(result, "what process_job returned", self.payload_limit)
+            except PayloadError as error:
                 failures.append((at, error))
         return failures
 
@@ -221,7 +244,8 @@ cdef class Slave(Link):
         """Send the results that there are, and behind them what became of the others."""
         cdef char *results = self.outs[k].data
         cdef int64_t result_bytes = (<Header *> results).body_bytes
-        cdef Buffer out = self.packed([(at, Failure.of(error)) for at, error in failures], "the failures of a batch", result_bytes)
+        cdef list told = [(at, Failure.of(error)) for at, error in failures]
+        cdef Buffer out = self.packed(told, "the failures of a batch", REPORT_LIMIT_BYTES, result_bytes)
         memcpy(out.data + HEADER_BYTES, results + HEADER_BYTES, result_bytes)
         cdef int64_t total = (<Header *> out.data).body_bytes
         self.set_packed(k, out)
@@ -255,7 +279,7 @@ cdef class Slave(Link):
         with nogil:
             k = self.free_out()
         if value is not None:
-            self.set_packed(k, self.packed(value, "a message of this slave"))
+            self.set_packed(k, self.packed(value, "a message of this slave", REPORT_LIMIT_BYTES))
         else:
             (<Header *> self.outs[k].data).body_bytes = 0
         (<Header *> self.outs[k].data).kind = kind
@@ -267,6 +291,8 @@ cdef class Slave(Link):
 
     def report(self, error):
         """Tell the master that this slave cannot go on, and why; then wait for its word to stop."""
+        self.turn_deaf()
+        self.leaving = True
         if self.posted == 0:
             self.begin()  # it failed before it began
         if isinstance(error, KeyboardInterrupt):
@@ -275,13 +301,14 @@ cdef class Slave(Link):
             self.say(KIND_ERROR, Failure.of(error))
         with nogil:
             while not self.stopped:
-                self.queue_length = 0
                 self.rest(self.take_in())
 
     def leave(self):
         """Say goodbye: all results have gone out, and every body that was announced has come in."""
         cdef int k
         cdef bint done = False
+        self.turn_deaf()
+        self.leaving = True
         while not done:
             done = not self.take_in()
             while self.finished_body() >= 0:
@@ -289,7 +316,6 @@ cdef class Slave(Link):
             done = done and self.body_count == 0
             for k in range(self.out_count):
                 done = self.is_sent(&self.outs[k]) and done
-            self.rest(done)
+            self.rest(False)
         self.unpost()  # first: what the master says after the goodbye belongs to the next run
         self.say(KIND_BYE, None)
-

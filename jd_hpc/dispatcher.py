@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from operator import index
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,20 +48,20 @@ class JobDispatcher:
     Attributes
     ----------
     job_dtype, result_dtype : dtype-like or None
-        Class attributes. A numpy dtype: jobs or results are rows of it and travel as bytes, never pickled; ``("f8", 3)`` is an
-        array of three. None: any object that can be pickled.
+        Class attributes, or set in the constructor. A numpy dtype: jobs or results are rows of it and travel as bytes, never
+        pickled; ``("f8", 3)`` is an array of three. None: any object that can be pickled.
     kernel
-        Class attribute. A compiled kernel that takes the place of `process_job` (see `jd_hpc.kernel`).
+        Likewise. A compiled kernel that takes the place of `process_job` (see `jd_hpc.kernel`).
     allow_nan : bool
-        Class attribute. False: a NaN in a numeric job or result is an error.
+        Likewise. False: a NaN in a numeric job or result is an error.
     payload_limit : int
-        Class attribute. Bytes of the largest message; a larger one is refused with an error.
+        Likewise. Bytes of the largest message; a larger one is refused with an error.
     machine : LocalMachine or MPIMachine
         Tells slots, hosts and who is master.
     """
 
-    job_dtype: ClassVar[Any] = None
-    result_dtype: ClassVar[Any] = None
+    job_dtype: Any = None
+    result_dtype: Any = None
     kernel: Any = None
     allow_nan: bool = True
     payload_limit: int = 1 << 36
@@ -93,16 +93,16 @@ class JobDispatcher:
     def next_job(self) -> Any:
         """Master: return the next job, or None if there is none now.
 
-        The run ends at None with nothing in flight: after every result it is asked again, so results may create new jobs. Numeric jobs are
-        rows of `job_dtype`; what is returned is copied.
+        The run ends at None with nothing in flight: after every result it is asked again, so results may create new jobs. Numeric
+        jobs are rows of `job_dtype`; what is returned is copied.
         """
         raise NotImplementedError(f"{type(self).__name__} must define next_job() or next_jobs(count)")
 
     def process_job(self, job: Any) -> Any:
         """Slave: run one job and return its result.
 
-        A numeric job is a read-only view of the receive buffer, which may be kept. The result must be exactly what `result_dtype` says. An
-        exception fails this job only: the master gets it in `process_failure`.
+        A numeric job is a read-only view of the receive buffer, which may be kept. The result must be exactly what `result_dtype`
+        says. An exception fails this job only: the master gets it in `process_failure`.
         """
         raise NotImplementedError(f"{type(self).__name__} must define process_job(job), process_jobs(jobs, results) or a kernel")
 
@@ -127,13 +127,16 @@ class JobDispatcher:
     def process_jobs(self, jobs: Any, results: Any) -> None:
         """Slave, instead of `process_job` where overridden: run a batch.
 
-        `jobs` has up to `grain` jobs: an array of rows, or a list. Fill `results`: an array of as many rows, or a list. An exception fails
-        the whole batch.
+        `jobs` has up to `grain` jobs: an array of rows, or a list. Fill `results`: an array of as many rows, or a list. An
+        exception fails the whole batch.
         """
         raise NotImplementedError
 
     def process_results(self, indices: NDArray[np.int64], jobs: Any, results: Any) -> None:
-        """Master, instead of `process_result` where overridden: take many results at once. The arrays are read-only and may be kept."""
+        """Master, instead of `process_result` where overridden: take many results at once.
+
+        The arrays are read-only and may be kept.
+        """
         raise NotImplementedError
 
     def on_startup(self) -> None:
@@ -180,8 +183,9 @@ class JobDispatcher:
         core = load_core()
         channel = machine.channel()
         if machine.is_master:
-            return self._run_master(machine, channel, core.Master(channel.handle, channel.next_run()))
-        return self._run_slave(core.Slave(channel.handle, channel.next_run()))
+            master = core.Master(channel.handle, channel.next_run(), channel.body_turn, channel.early)
+            return self._run_master(machine, channel, master)
+        return self._run_slave(core.Slave(channel.handle, channel.next_run(), channel.body_turn))
 
     def _run_local(self) -> Any:
         try:
@@ -200,7 +204,7 @@ class JobDispatcher:
         self._log("run %d: %d slaves%s", master.run, usable, ", too few: the master evaluates the jobs" if alone else "")
         try:
             try:
-                master.begin(self._plan(), 0 if alone else usable, channel.early)
+                master.begin(self._plan(), 0 if alone else usable)
                 machine.busy = master.busy_slaves
                 self.on_startup()
                 self.reset()

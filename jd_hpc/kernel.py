@@ -1,7 +1,7 @@
 """Compiled kernels: what counts as one, and how its address is found.
 
-A kernel is a C function ``int32_t kernel(const void *job, void *result, void *user_data)``. It gets one row of `job_dtype`, fills one row of
-`result_dtype` and returns 0; any other number is this job's failure. It runs without the GIL: it must not touch Python.
+A kernel is a C function ``int32_t kernel(const void *job, void *result, void *user_data)``. It gets one row of `job_dtype`, fills
+one row of `result_dtype` and returns 0; any other number is this job's failure. It runs without the GIL: it must not touch Python.
 """
 
 from __future__ import annotations
@@ -11,17 +11,14 @@ from typing import Any, NamedTuple
 
 from jd_hpc.errors import KernelError
 
-SIGNATURES = (
-    "int (const void *, void *, void *)",
-    "int (void const *, void *, void *)",
-    "int32_t (const void *, void *, void *)",
-    "int (void *, void *, void *)",
-    "int32_t (void *, void *, void *)",
-)
+SIGNATURES = ("int32_t (const void *, void *, void *)", "int (const void *, void *, void *)")
 """Names that a capsule may carry, in the manner of scipy.LowLevelCallable; a capsule without a name is trusted."""
 
 CFUNCTYPE = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
 """The ctypes type of a kernel, for callbacks and for casting."""
+
+
+_FUNCTION_POINTER: Any = CFUNCTYPE.__mro__[1]  # the base of all ctypes function pointers has no public name
 
 
 class Kernel(NamedTuple):
@@ -38,9 +35,9 @@ def resolve(given: Any) -> Kernel:
     Parameters
     ----------
     given
-        A ctypes function pointer; a cffi function pointer; a ``numba.cfunc``; a PyCapsule, as Cython's ``__pyx_capi__`` holds them; a
-        ``scipy.LowLevelCallable``; or a tuple (one of these, user data), where user data is an address, a ctypes pointer or
-        None.
+        A ctypes function pointer; a cffi function pointer; a ``numba.cfunc``; a PyCapsule, as Cython's ``__pyx_capi__`` holds
+        them; a ``scipy.LowLevelCallable``; or a tuple (one of these, user data), where user data is an address, a pointer of
+        ctypes or cffi, or None.
 
     Raises
     ------
@@ -62,7 +59,7 @@ def resolve(given: Any) -> Kernel:
 
 def _address(function: Any) -> int:
     address = 0
-    if isinstance(function, ctypes._CFuncPtr):
+    if isinstance(function, _FUNCTION_POINTER):
         _check_ctypes(function)
         address = ctypes.cast(function, ctypes.c_void_p).value or 0
     elif type(function).__name__ == "PyCapsule":
@@ -85,7 +82,7 @@ def _address(function: Any) -> int:
 def _check_ctypes(function: Any) -> None:
     """Check what ctypes knows of the signature; a pointer argument may have any target type."""
     if function.restype not in (ctypes.c_int, ctypes.c_int32, ctypes.c_uint32):
-        raise KernelError(f"the kernel returns {function.restype}; it must return a 32-bit integer, 0 for success: {SIGNATURES[0]}")
+        raise KernelError(f"the kernel returns {function.restype}; it must return int32, 0 for success: {SIGNATURES[0]}")
     given = function.argtypes
     if given is None:
         return
@@ -95,18 +92,28 @@ def _check_ctypes(function: Any) -> None:
 
 
 def _capsule_address(capsule: Any) -> int:
+    name, address = _open_capsule(capsule)
+    if name is not None and _plain(name) not in map(_plain, SIGNATURES):
+        raise KernelError(f"the capsule has the signature {name!r}; it must be {SIGNATURES[0]!r}")
+    return address
+
+
+def _open_capsule(capsule: Any) -> tuple[str | None, int]:
+    """Return the name and the pointer of a PyCapsule."""
     api = ctypes.pythonapi
     api.PyCapsule_GetName.restype = ctypes.c_char_p
     api.PyCapsule_GetName.argtypes = [ctypes.py_object]
     api.PyCapsule_GetPointer.restype = ctypes.c_void_p
     api.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
     name = api.PyCapsule_GetName(capsule)
-    if name is not None:
-        words = " ".join(name.decode().replace("*", " * ").replace("(", " ( ").replace(",", " , ").split())
-        known = [" ".join(text.replace("*", " * ").replace("(", " ( ").replace(",", " , ").split()) for text in SIGNATURES]
-        if words.replace(" except *", "").replace(" noexcept nogil", "").replace(" )", ")") not in [k.replace(" )", ")") for k in known]:
-            raise KernelError(f"the capsule has the signature {name.decode()!r}; it must be {SIGNATURES[0]!r}")
-    return int(api.PyCapsule_GetPointer(capsule, name))
+    return None if name is None else name.decode(), api.PyCapsule_GetPointer(capsule, name)
+
+
+def _plain(signature: str) -> str:
+    """Write a signature without what says nothing about the types: Cython's own words, and spaces."""
+    for word in ("__pyx_", "noexcept", "nogil", "const", " "):
+        signature = signature.replace(word, "")
+    return signature
 
 
 def _is_cffi(value: Any) -> bool:
@@ -114,7 +121,7 @@ def _is_cffi(value: Any) -> bool:
 
 
 def _cffi_address(value: Any, what: str) -> int:
-    import cffi  # whoever gives a cffi pointer has it
+    import cffi  # type: ignore[import-untyped]  # whoever gives a cffi pointer has it
 
     ffi = cffi.FFI()
     kind = ffi.typeof(value).kind
@@ -133,16 +140,7 @@ def _data_address(user_data: Any) -> int:
     if isinstance(user_data, (ctypes._Pointer, ctypes.Array)):
         return ctypes.cast(user_data, ctypes.c_void_p).value or 0
     if type(user_data).__name__ == "PyCapsule":
-        return _untyped_capsule(user_data)
+        return _open_capsule(user_data)[1]
     if _is_cffi(user_data):
         return _cffi_address(user_data, "a pointer")
     raise KernelError(f"user data {user_data!r} has no address; give an int, a ctypes or cffi pointer, or a ctypes array")
-
-
-def _untyped_capsule(capsule: Any) -> int:
-    api = ctypes.pythonapi
-    api.PyCapsule_GetName.restype = ctypes.c_char_p
-    api.PyCapsule_GetName.argtypes = [ctypes.py_object]
-    api.PyCapsule_GetPointer.restype = ctypes.c_void_p
-    api.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
-    return int(api.PyCapsule_GetPointer(capsule, api.PyCapsule_GetName(capsule)))

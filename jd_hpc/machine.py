@@ -1,4 +1,4 @@
-"""The vm: where the slaves are. Who is master, how many slots there are, which MPI this is and who launched it are found out here only."""
+"""The vm: where the slaves are. Who is master, how many slots, which MPI this is and who launched it is found out here only."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import importlib
 import os
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from jd_hpc.errors import FamilyError, LaunchError
 
 if TYPE_CHECKING:
-    from mpi4py import MPI as mpi
+    from mpi4py.MPI import Comm, Intracomm
 
 FAMILIES = {"Open MPI": "openmpi", "MPICH": "mpich", "Intel MPI": "mpich", "MVAPICH": "mpich", "Cray MPICH": "mpich"}
 """What mpi4py calls an MPI, and the family whose binary interface it has."""
 
 
 class LocalMachine:
-    """This process alone. No MPI is imported.
+    """The machine that is this process alone. No MPI is imported.
 
     Attributes
     ----------
@@ -50,8 +53,8 @@ class MPIMachine:
     Parameters
     ----------
     comm : mpi4py.MPI.Intracomm
-        Every rank of it must make the machine, and call `run()` of the same dispatchers in the same order. Messages of jd_hpc travel on
-        a duplicate; the user's own on `comm` are never touched.
+        Every rank of it must make the machine, and call `run()` of the same dispatchers in the same order. Messages of jd_hpc
+        travel on a duplicate; the user's own on `comm` are never touched.
 
     Raises
     ------
@@ -70,7 +73,7 @@ class MPIMachine:
         Where jobs can run: the slaves, or 1 (the master itself) if there are none.
     """
 
-    def __init__(self, comm: mpi.Intracomm) -> None:
+    def __init__(self, comm: Intracomm) -> None:
         from mpi4py import MPI
 
         if not isinstance(comm, MPI.Comm) or comm == MPI.COMM_NULL or comm.Is_inter():
@@ -109,23 +112,27 @@ class Channel:
         Runs started on it so far. Ranks agree on it because they call run() in the same order.
     early : list of (int, bytes)
         Messages that slaves sent for the next run while the master still ended the last one.
+    body_turn : ndarray of uint32
+        For each rank, how many bodies were sent to it: kept from run to run, so that a body that a failed run left behind is never
+        taken for another one.
     """
 
     _keyval: int | None = None
 
-    def __init__(self, comm: mpi.Intracomm) -> None:
+    def __init__(self, comm: Intracomm) -> None:
         from mpi4py import MPI
 
         self.comm = comm.Dup()
         self.comm.Set_errhandler(MPI.ERRORS_RETURN)
         self.run = 0
         self.early: list[tuple[int, bytes]] = []
+        self.body_turn = np.zeros(self.comm.Get_size(), "u4")
         self.hosts: dict[str, list[int]] = {}
         for rank, host in enumerate(self.comm.allgather(MPI.Get_processor_name())):
             self.hosts.setdefault(host, []).append(rank)
 
     @classmethod
-    def of(cls, comm: mpi.Intracomm) -> Channel:
+    def of(cls, comm: Intracomm) -> Channel:
         """Return the channel of `comm`; the first call on a communicator is collective."""
         from mpi4py import MPI
 
@@ -139,7 +146,7 @@ class Channel:
         return channel
 
     @staticmethod
-    def _delete(comm: mpi.Comm, keyval: int, channel: Channel) -> None:
+    def _delete(comm: Comm, keyval: int, channel: Channel) -> None:
         """The user frees the communicator, on all ranks: so do we."""
         channel.comm.Free()
 
@@ -175,17 +182,20 @@ def check_launch(world_size: int, environ: dict[str, str]) -> None:
     """
     if world_size > 1:
         return
-    if int(environ.get("OMPI_COMM_WORLD_SIZE", "0")) > 1:
-        launched, cure = environ["OMPI_COMM_WORLD_SIZE"], "Open MPI's mpiexec started a program of another MPI"
-    elif int(environ.get("PMI_SIZE", "0")) > 1:
-        launched, cure = environ["PMI_SIZE"], "MPICH's mpiexec, or srun --mpi=pmi2, started a program of another MPI"
-    elif "OMPI_COMM_WORLD_SIZE" not in environ and "PMI_SIZE" not in environ and int(environ.get("SLURM_STEP_NUM_TASKS", "0")) > 1:
-        launched, cure = environ["SLURM_STEP_NUM_TASKS"], "srun started it without the MPI's plugin: use srun --mpi=pmi2 for MPICH, --mpi=pmix for Open MPI"
+    by_openmpi, by_mpich = environ.get("OMPI_COMM_WORLD_SIZE", "0"), environ.get("PMI_SIZE", "0")
+    by_slurm = environ.get("SLURM_STEP_NUM_TASKS", "0") if by_openmpi == by_mpich == "0" else "0"  # srun may start an mpiexec
+    if int(by_openmpi) > 1:
+        cause = "Open MPI's mpiexec, or srun --mpi=pmix, started a program of another MPI"
+    elif int(by_mpich) > 1:
+        cause = "MPICH's mpiexec, or srun --mpi=pmi2, started a program of another MPI"
+    elif int(by_slurm) > 1:
+        cause = "srun was not told which MPI this is: it is srun --mpi=pmi2 for MPICH and srun --mpi=pmix for Open MPI"
     else:
         return
     raise LaunchError(
-        f"{launched} processes were launched, but MPI sees only this one, so each would do all the work. Cause: {cure}. "
-        f"Cure: use the mpiexec that belongs to the MPI of mpi4py (for the PyPI wheels, the one in the same environment's bin folder)."
+        f"{max(by_openmpi, by_mpich, by_slurm, key=int)} processes were launched, but MPI sees only this one: each would do all "
+        f"the work. Cause: {cause}. Cure: use the launcher that belongs to the MPI of mpi4py; for an MPI from PyPI that is the "
+        f"mpiexec in the same environment's bin folder."
     )
 
 
@@ -207,13 +217,13 @@ def load_core() -> Any:
         return importlib.import_module(f"jd_hpc._core_{family}")
     except ImportError as error:
         raise FamilyError(
-            f"mpi4py runs on {vendor} {'.'.join(map(str, version))} (family {family}), but jd_hpc has {_cores()} in this environment ({error}). "
-            f"Cure: build jd_hpc with that MPI's mpicc: MPICC=/path/to/mpicc pip install --force-reinstall --no-deps --no-cache-dir jd_hpc; "
+            f"mpi4py runs on {vendor} {'.'.join(map(str, version))} (family {family}), but jd_hpc has {_cores()} in this "
+            f"environment ({error}). Cure: build jd_hpc with that MPI's mpicc, "
+            f"MPICC=/path/to/mpicc pip install --force-reinstall --no-deps --no-cache-dir jd_hpc; "
             f"or use the environment of the other family: one environment holds one MPI."
         ) from error
 
 
 def _cores() -> str:
-    folder = os.path.dirname(__file__)
-    found = sorted({name.split(".")[0].removeprefix("_core_") for name in os.listdir(folder) if name.startswith("_core_")})
+    found = sorted({path.name.split(".")[0].removeprefix("_core_") for path in Path(__file__).parent.glob("_core_*")})
     return f"a compiled core only for {' and '.join(found)}" if found else "no compiled core"

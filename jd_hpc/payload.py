@@ -1,8 +1,8 @@
 """How jobs and results become bytes and come back.
 
 Numeric payloads have a dtype: rows of fixed size, no pickle. What does not fit exactly is refused here with the cause and the cure;
-numpy's own conversions would broadcast, cut or wrap silently. Objects travel by pickle protocol 5 with their buffers out of band: arrays
-inside are laid behind the pickle and become views of the receive buffer.
+numpy's own conversions would broadcast, cut or wrap silently. Objects travel by pickle protocol 5 with their buffers out of band:
+arrays inside are laid behind the pickle and become views of the receive buffer.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def check_dtype(dtype: Any, name: str) -> np.dtype[Any] | None:
     if dtype is None:
         return None
     try:
-        given = np.dtype(dtype)
+        given: np.dtype[Any] = np.dtype(dtype)
     except TypeError as error:
         raise PayloadError(f"{name}: {dtype!r} is no numpy dtype ({error}); use None for Python objects") from error
     if given.hasobject:
@@ -75,7 +75,7 @@ def as_rows(value: Any, dtype: np.dtype[Any], lead: tuple[int, ...], what: str) 
         if not np.can_cast(array.dtype, base, "same_kind") or array.dtype.hasobject:
             raise PayloadError(f"{what} has dtype {array.dtype} where {base} was declared; convert it yourself if that is meant")
         cast = array.astype(base)
-        if base.kind in "iu" and not np.array_equal(cast, array):
+        if base.kind not in "fc" and not (cast == array).all():  # floats may be rounded, nothing else may change
             raise PayloadError(f"{what}: {array!r} does not fit into {base}")
         array = cast
     return np.ascontiguousarray(array).reshape(shape)
@@ -130,7 +130,9 @@ def pack(value: Any, what: str) -> tuple[Frames, int]:
     try:
         head = pickle.dumps(value, 5, buffer_callback=buffers.append)
         frames = [memoryview(head), *(buffer.raw() for buffer in buffers)]
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise PayloadError(
             f"{what} cannot be pickled: {type(error).__name__}: {error}. Keep locks, files, lambdas and generators out of it, or "
             f"make it plain data"

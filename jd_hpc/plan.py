@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from jd_hpc import kernel as kernels
 from jd_hpc._batch import Evaluator, Rows
-from jd_hpc.errors import KernelError
+from jd_hpc.errors import KernelError, PayloadError
 from jd_hpc.payload import check_dtype
 from jd_hpc.wire import PROTOCOL
 
@@ -47,6 +47,12 @@ class Plan:
         self.result_dtype = check_dtype(dispatcher.result_dtype, "result_dtype")
         self.job_rows: Rows | None = None if self.job_dtype is None else Rows(self.job_dtype)
         self.result_rows: Rows | None = None if self.result_dtype is None else Rows(self.result_dtype)
+        for name, rows in (("job_dtype", self.job_rows), ("result_dtype", self.result_rows)):
+            if rows is not None and self.grain * rows.row_bytes > self.payload_limit:
+                raise PayloadError(
+                    f"{name}: a message of {self.grain} times {rows.row_bytes} bytes is over payload_limit = {self.payload_limit}; "
+                    f"lower grain, or raise payload_limit"
+                )
 
         def own(name: str) -> Hook | None:
             return getattr(dispatcher, name) if overridden(name) else None
@@ -91,11 +97,14 @@ class Plan:
             "result_dtype": str(self.result_dtype),
             "grain": str(self.grain),
             "credit": str(self.credit),
+            "payload_limit": str(self.payload_limit),
         }
 
     def differences(self, theirs: dict[str, str]) -> str:
         """Say in words how another rank's facts differ from these; nothing if they do not."""
         mine = self.facts()
         return "; ".join(
-            f"{name} is {theirs.get(name)} there and {mine.get(name)} here" for name in sorted(mine | theirs) if mine.get(name) != theirs.get(name)
+            f"{name} is {theirs.get(name)} there and {mine.get(name)} here"
+            for name in sorted(mine | theirs)
+            if mine.get(name) != theirs.get(name)
         )

@@ -8,12 +8,12 @@ The rules it keeps:
 - Every batch that was submitted ends exactly once: `on_result` says VERDICT_DELIVER once for it, or `next_given_up` names it once.
 - A slave holds at most `credit` batches, and gets none unless it is up.
 - Slaves take turns: the one that has waited longest gets the next batch.
-- The first valid answer wins, whoever it comes from; later ones are counted and dropped. An answer is valid when the slot still holds
-  those very jobs and that attempt was made. Job numbers never repeat, so an old answer cannot match a slot that was used again.
+- The first valid answer wins, whoever it comes from; later ones are counted and dropped. An answer is valid when the slot
+  still holds those very jobs and that attempt was made. Job numbers never repeat, so an old answer cannot match a new batch.
 - A slot whose jobs ended is used again only when the caller has released it and no live slave still works on it.
 
-It takes events (`on_...`) and returns commands: `assign` (send this slot to its `holder`), verdicts (deliver this), `next_given_up`.
-A call that the rules forbid changes nothing and returns -1; the caller raises with the facts that `describe` gives.
+It takes events (`on_...`) and returns commands: `assign` (send this slot to its `holder`), verdicts (deliver this) and
+`next_given_up`. A call that the rules forbid changes nothing and returns -1; the caller raises with what `describe` says.
 
 This file compiles with scheduler.pxd and runs uncompiled just the same.
 """

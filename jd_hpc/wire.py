@@ -19,7 +19,7 @@ PROTOCOL: Final = 1
 TAG_MESSAGE: Final = 1
 TAG_BODY: Final = 16
 TAG_BODY_COUNT: Final = 1024
-"""Bodies take turns over this many tags, so that two on their way from one source cannot be mixed up. MPI promises tags up to 32,767."""
+"""Bodies take turns over these, so that two on their way from one source are not mixed up. MPI promises tags up to 32,767."""
 
 HEADER_BYTES: Final = 64
 MESSAGE_BYTES: Final = 2048

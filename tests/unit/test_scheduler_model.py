@@ -1,0 +1,422 @@
+"""The scheduler against a model of sets and lists that is too simple to be wrong, under random events.
+
+The model keeps every dispatch that was ever made, so that any of them can be answered at any time: in order, late,
+twice, by a slave that was given up for lost. A failure prints the shortest list of steps that leads to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+
+@dataclass
+class Batch:
+    """What the model knows of a batch."""
+
+    slot: int
+    first: int
+    jobs: int
+    state: str = "waiting"  # then sent, ended
+    attempt: int = 0
+    made: set[int] = field(default_factory=set)  # attempts that were dispatched
+    holder: int = 0  # the slave that is up and works on its newest attempt
+    released: bool = False
+    endings: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Slave:
+    """What the model knows of a slave. It has waited since a tick from `since` to `until`; None: no credit left, or not up."""
+
+    state: str = "absent"
+    held: int = 0
+    since: int | None = None
+    until: int | None = None
+    before: int | None = None  # `since` when it was lost
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """One attempt of a batch that went out."""
+
+    slave: int
+    slot: int
+    first: int
+    jobs: int
+    attempt: int
+
+
+class Machine(RuleBasedStateMachine):
+    module = None  # the scheduler's, set by the test
+
+    @initialize(
+        slaves=st.integers(0, 4),
+        credit=st.integers(1, 3),
+        batches=st.integers(1, 6),
+        attempts=st.integers(1, 4),
+        up=st.booleans(),
+    )
+    def start(self, slaves, credit, batches, attempts, up):
+        self.s = self.module.Scheduler(slaves, credit, batches, attempts)
+        self.credit, self.batch_count, self.max_attempts = credit, batches, attempts
+        self.slaves = {number: Slave() for number in range(1, slaves + 1)}
+        self.opened: set[int] = set()
+        self.slots: dict[int, Batch] = {}  # those that are in a slot
+        self.batches: list[Batch] = []  # all that ever were
+        self.waiting: list[Batch] = []
+        self.given_up: list[Batch] = []
+        self.dispatches: list[Dispatch] = []
+        self.next_job = self.tick = 0
+        self.sent = self.resent = self.late = self.refused = self.lost = 0
+        for number in self.slaves if up else ():
+            self.ready(number)
+
+    # ---- batches come in and go out ----
+
+    @rule()
+    def open(self):
+        slot = self.s.open()
+        if len(self.opened) + len(self.slots) == self.batch_count:
+            assert slot == -1
+            return
+        assert 0 <= slot < self.batch_count
+        assert slot not in self.opened
+        assert slot not in self.slots, "a slot was reused while somebody needs it"
+        self.opened.add(slot)
+
+    @precondition(lambda self: self.opened)
+    @rule(data=st.data(), jobs=st.integers(-1, 3))
+    def submit(self, data, jobs):
+        slot = data.draw(st.sampled_from(sorted(self.opened)))
+        if jobs < 1:
+            assert self.s.submit(slot, self.next_job, jobs) == -1
+        else:
+            self.submit_slot(slot, jobs)
+
+    def submit_slot(self, slot, jobs):
+        assert self.s.submit(slot, self.next_job, jobs) == 0
+        self.opened.remove(slot)
+        batch = self.slots[slot] = Batch(slot, self.next_job, jobs)
+        self.batches.append(batch)
+        self.waiting.append(batch)
+        self.next_job += jobs
+
+    @rule(count=st.integers(1, 6))
+    def send(self, count):
+        """As a master does: fetch batches and give them out."""
+        for _ in range(count):
+            slot = self.s.open()
+            if slot < 0:
+                break
+            self.opened.add(slot)
+            self.submit_slot(slot, 1)
+        for _ in range(count):
+            self.assign()
+
+    @precondition(lambda self: self.opened)
+    @rule(data=st.data())
+    def cancel(self, data):
+        slot = data.draw(st.sampled_from(sorted(self.opened)))
+        assert self.s.cancel(slot) == 0
+        self.opened.remove(slot)
+
+    @rule(data=st.data(), call=st.sampled_from(["submit", "cancel", "release"]))
+    def forbidden(self, data, call):
+        """A call on a slot whose state forbids it is refused; the invariants see to it that it changed nothing."""
+        slot = data.draw(st.integers(0, self.batch_count - 1))
+        batch = self.slots.get(slot)
+        allowed = (
+            batch is not None and batch.state == "ended" and not batch.released
+            if call == "release"
+            else slot in self.opened
+        )
+        if not allowed:
+            assert getattr(self.s, call)(*((slot, self.next_job, 1) if call == "submit" else (slot,))) == -1
+
+    @rule()
+    def assign(self):
+        slot = self.s.assign()
+        ready = {number: slave for number, slave in self.slaves.items() if slave.since is not None}
+        if not self.waiting or not ready:
+            assert slot == -1
+            return
+        assert slot == self.waiting[0].slot, "the batch that waits longest goes first"
+        number = self.s.holder(slot)
+        chosen = ready[number]
+        assert chosen.state == "up"
+        assert chosen.held < self.credit
+        assert all(chosen.since <= other.until for other in ready.values()), "the slave that waits longest goes first"
+        chosen.held += 1
+        chosen.since = chosen.until = None
+        if chosen.held < self.credit:
+            self.becomes_ready(chosen)
+        self.dispatch(number)
+
+    @rule()
+    def assign_local(self):
+        slot = self.s.assign_local()
+        if not self.waiting:
+            assert slot == -1
+            return
+        assert slot == self.waiting[0].slot
+        assert self.s.holder(slot) == 0
+        self.dispatch(0)
+
+    def dispatch(self, slave):
+        batch = self.waiting.pop(0)
+        batch.state, batch.holder = "sent", slave
+        batch.made.add(batch.attempt)
+        self.sent += 1
+        self.dispatches.append(Dispatch(slave, batch.slot, batch.first, batch.jobs, batch.attempt))
+
+    def becomes_ready(self, slave):
+        self.tick += 1
+        if slave.since is None:
+            slave.since = slave.until = self.tick
+
+    # ---- slaves come and go ----
+
+    @rule(number=st.integers(-1, 6))
+    def ready(self, number):
+        slave = self.slaves.get(number)
+        if slave is None or slave.state == "up":
+            assert self.s.on_ready(number) == -1
+            return
+        assert self.s.on_ready(number) == 0
+        self.tick += 1
+        slave.state = "up"
+        slave.until = self.tick
+        # it may have kept its place in the queue from before it was lost, or have a new one
+        slave.since = self.tick if slave.before is None else slave.before
+
+    @rule(number=st.integers(-1, 6))
+    def lose(self, number):
+        slave = self.slaves.get(number)
+        if slave is None or slave.state == "lost":
+            assert self.s.on_lost(number) == -1
+            return
+        held = sorted((batch for batch in self.slots.values() if batch.holder == number), key=lambda batch: batch.slot)
+        again = [batch for batch in held if batch.state == "sent"]
+        assert self.s.on_lost(number) == len(again)
+        slave.before = slave.since
+        slave.state, slave.held, slave.since, slave.until = "lost", 0, None, None
+        self.lost += 1
+        for batch in held:
+            batch.holder = 0
+            self.free_if_done(batch)
+        for batch in again:
+            batch.attempt += 1
+            if batch.attempt < self.max_attempts:
+                batch.state = "waiting"
+                self.waiting.append(batch)
+                self.resent += 1
+            else:
+                batch.state = "ended"
+                self.given_up.append(batch)
+
+    @precondition(lambda self: any(slave.held for slave in self.slaves.values()))
+    @rule(data=st.data(), returns=st.booleans(), answers=st.booleans())
+    def lose_busy(self, data, returns, answers):
+        """A slave that holds something is lost; its batches go to others; it returns, or answers after all."""
+        number = data.draw(st.sampled_from([number for number, slave in self.slaves.items() if slave.held]))
+        self.lose(number)
+        if returns:
+            self.ready(number)
+        for _ in range(len(self.waiting)):
+            self.assign()
+        late = [it for it in self.overtaken() if it.slave == number]
+        if answers and late:
+            self.on_result(late[-1])
+
+    @precondition(lambda self: self.slaves)
+    @rule(data=st.data())
+    def blink(self, data):
+        """A slave is lost and back at once."""
+        number = data.draw(st.sampled_from(sorted(self.slaves)))
+        self.lose(number)
+        self.ready(number)
+
+    # ---- answers ----
+
+    @precondition(lambda self: self.dispatches)
+    @rule(data=st.data())
+    def answer(self, data):
+        """Any dispatch there ever was is answered: the newest ones most often."""
+        back = data.draw(st.one_of(st.integers(1, 3), st.integers(1, len(self.dispatches))))
+        self.on_result(self.dispatches[-min(back, len(self.dispatches))])
+
+    @precondition(lambda self: self.overtaken())
+    @rule(data=st.data())
+    def answer_of_a_revenant(self, data):
+        """A dispatch is answered whose slave was given up, and whose batch has not ended."""
+        self.on_result(data.draw(st.sampled_from(self.overtaken())))
+
+    def overtaken(self):
+        alive = {batch.first: batch for batch in self.slots.values() if batch.state != "ended"}
+        return [it for it in self.dispatches if it.first in alive and it.attempt < alive[it.first].attempt]
+
+    @precondition(lambda self: any(batch.holder for batch in self.slots.values()))
+    @rule(data=st.data())
+    def answer_in_turn(self, data):
+        """A slave answers what it works on, as nearly always."""
+        batch = data.draw(st.sampled_from([batch for batch in self.slots.values() if batch.holder]))
+        self.on_result(Dispatch(batch.holder, batch.slot, batch.first, batch.jobs, batch.attempt))
+
+    @rule(data=st.data())
+    def bogus_answer(self, data):
+        """Numbers near those that exist."""
+        old = data.draw(st.sampled_from(self.dispatches)) if self.dispatches else Dispatch(1, 0, 0, 1, 0)
+        self.on_result(
+            Dispatch(
+                data.draw(st.sampled_from([-1, 0, 1, old.slave, len(self.slaves), len(self.slaves) + 1])),
+                data.draw(st.sampled_from([-1, 0, old.slot, self.batch_count - 1, self.batch_count])),
+                data.draw(st.sampled_from([old.first, old.first + 1, self.next_job, 1 << 40])),
+                data.draw(st.sampled_from([0, old.jobs, old.jobs + 1])),
+                data.draw(st.sampled_from([-1, 0, old.attempt, old.attempt + 1])),
+            )
+        )
+
+    def verdict(self, it):
+        """The rule, as the scheduler's docstring has it."""
+        if not (0 <= it.slave <= len(self.slaves) and 0 <= it.slot < self.batch_count and it.attempt >= 0):
+            return "refused"
+        batch = self.slots.get(it.slot)
+        if batch is None or batch.first != it.first:
+            return "late"
+        if batch.jobs != it.jobs or it.attempt not in batch.made:
+            return "refused"
+        return "late" if batch.state == "ended" else "deliver"
+
+    def on_result(self, it):
+        expected = self.verdict(it)
+        batch = self.slots.get(it.slot)
+        got = self.module.VERDICTS[self.s.on_result(it.slave, it.slot, it.first, it.jobs, it.attempt)]
+        assert got == expected
+        self.refused += got == "refused"
+        self.late += got == "late"
+        if got == "refused" or batch is None or batch.first != it.first:
+            return
+        if batch.holder == it.slave > 0 and batch.attempt == it.attempt and batch.state != "waiting":
+            batch.holder = 0
+            slave = self.slaves[it.slave]
+            slave.held -= 1
+            self.becomes_ready(slave)
+        if got == "deliver":
+            if batch in self.waiting:
+                self.waiting.remove(batch)
+            batch.state = "ended"
+            batch.endings.append("delivered")
+        self.free_if_done(batch)
+
+    @precondition(lambda self: any(batch.endings and not batch.released for batch in self.slots.values()))
+    @rule(data=st.data(), all_of_them=st.booleans())
+    def release(self, data, all_of_them):
+        batches = [batch for batch in self.slots.values() if batch.endings and not batch.released]
+        for batch in batches if all_of_them else [data.draw(st.sampled_from(batches))]:
+            assert self.s.release(batch.slot) == 0
+            batch.released = True
+            self.free_if_done(batch)
+
+    @rule()
+    def next_given_up(self):
+        slot = self.s.next_given_up()
+        if not self.given_up:
+            assert slot == -1
+            return
+        batch = self.given_up.pop(0)
+        assert slot == batch.slot
+        batch.endings.append("given up")
+
+    def free_if_done(self, batch):
+        if batch.released and batch.holder == 0:
+            del self.slots[batch.slot]
+
+    # ---- what must hold after every step ----
+
+    @invariant()
+    def slaves_agree(self):
+        up = [slave for slave in self.slaves.values() if slave.state == "up"]
+        assert self.s.up_count == len(up)
+        assert self.s.absent_count == sum(slave.state == "absent" for slave in self.slaves.values())
+        assert self.s.free_credit == sum(self.credit - slave.held for slave in up)
+        assert self.s.ready_count == sum(slave.held < self.credit for slave in up)
+        for number, slave in self.slaves.items():
+            assert self.module.SLAVE_STATES[self.s.state_of_slave(number)] == slave.state
+            assert self.s.held(number) == slave.held <= self.credit
+            assert slave.held == sum(batch.holder == number for batch in self.slots.values())
+
+    @invariant()
+    def slots_agree(self):
+        for slot in range(self.batch_count):
+            batch, state = self.slots.get(slot), self.module.BATCH_STATES[self.s.state_of_batch(slot)]
+            if batch is None:
+                assert state == ("open" if slot in self.opened else "free")
+                continue
+            assert state == ("retired" if batch.released else batch.state)
+            facts = (self.s.first(slot), self.s.jobs(slot), self.s.attempt(slot), self.s.holder(slot))
+            assert facts == (batch.first, batch.jobs, batch.attempt, batch.holder)
+        assert self.s.open_count == len(self.opened) + len(self.slots)
+        assert self.s.waiting_count == len(self.waiting)
+
+    @invariant()
+    def counts_agree(self):
+        totals = (self.s.sent, self.s.resent, self.s.late, self.s.refused, self.s.lost)
+        assert totals == (self.sent, self.resent, self.late, self.refused, self.lost)
+        assert self.s.ended == sum(batch.state == "ended" for batch in self.batches)
+        assert all(len(batch.endings) <= 1 for batch in self.batches), "a batch ended twice"
+
+    def teardown(self):
+        """No more losses: with one slave, or the master, everything must come to its end and every slot must be free."""
+        if not hasattr(self, "s"):
+            return
+        for slot in sorted(self.opened):
+            self.s.cancel(slot)
+        self.opened.clear()
+        for number, slave in self.slaves.items():
+            if slave.state != "up":
+                self.ready(number)
+        for _ in range(self.batch_count * (self.max_attempts + 2)):
+            if not self.slots:
+                break
+            for batch in list(self.slots.values()):
+                if batch.state == "sent" or batch.holder:
+                    self.on_result(Dispatch(batch.holder, batch.slot, batch.first, batch.jobs, batch.attempt))
+            self.next_given_up()
+            for batch in list(self.slots.values()):
+                if batch.endings and not batch.released:
+                    self.s.release(batch.slot)
+                    batch.released = True
+                    self.free_if_done(batch)
+            if self.waiting:
+                self.assign() if self.slaves else self.assign_local()
+        self.slaves_agree()
+        self.slots_agree()
+        self.counts_agree()
+        assert self.s.open_count == 0
+        assert all(len(batch.endings) == 1 for batch in self.batches), "a batch never ended"
+
+
+MODEL_SETTINGS = settings(
+    max_examples=300,
+    stateful_step_count=50,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+
+
+def test_scheduler_and_model_agree(scheduler_module):
+    run_state_machine_as_test(
+        type("SchedulerMachine", (Machine,), {"module": scheduler_module}), settings=MODEL_SETTINGS
+    )
