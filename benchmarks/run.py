@@ -63,6 +63,10 @@ class Row:
             return False
         return self.value <= self.target if self.at_most else self.value >= self.target
 
+    def record(self) -> Record:
+        """The row for the results file."""
+        return asdict(self) | {"reached": self.reached()}
+
     def line(self) -> str:
         """The row as text."""
         verdict = {None: "", True: "reached", False: "MISSED"}[self.reached()]
@@ -139,9 +143,7 @@ class Suite:
         self.rows.append(row)
         print(row.line(), flush=True)
 
-    def add_ratio(
-        self, part: str, name: str, ranks: int, unit: str, ours: Numbers, theirs: Numbers, target: float | None
-    ) -> None:
+    def add_ratio(self, part: str, name: str, ranks: int, unit: str, ours: Numbers, theirs: Numbers, target: float | None) -> None:
         ratios = [mine / other if mine and other else None for mine, other in zip(ours, theirs, strict=True)]
         self.add(Row(part, name, ranks, unit, median(ours), median(theirs), median(ratios), target, rounds=ratios))
 
@@ -261,25 +263,30 @@ def main() -> int:
             print(error, file=sys.stderr)
             return 2
         repeats = arguments.repeats or (2 if arguments.quick else 5)
-        suite = Suite(launcher, repeats, arguments.seconds or (0.15 if arguments.quick else 0.4), arguments.quick)
+        seconds = arguments.seconds or (0.15 if arguments.quick else 0.4)
+        suite = Suite(launcher, repeats, seconds, arguments.quick)
         facts = machine_facts(launcher)
         family = launcher.family if arguments.family_name == "auto" else arguments.family_name
         print("{mpi}, {cores} cores of {cpu}, load {load_before}".format(**facts))
         print(HEADING, flush=True)
+        target = arguments.output / f"{family}.json"
         for part in parts:
             getattr(suite, part)()
-    facts |= {"load_after": round(os.getloadavg()[0], 2), "minutes": round((time.perf_counter() - start) / 60, 1)}
+            facts |= {"load_after": round(os.getloadavg()[0], 2), "minutes": round((time.perf_counter() - start) / 60, 1)}
+            record = {"family": family, "quick": arguments.quick, "repeats": repeats, "seconds": seconds, "machine": facts}
+            record |= {"rows": [row.record() for row in suite.rows], "failed_runs": len(launcher.failures)}
+            write(target, record)  # after every part: a suite that is cut short leaves what it has
 
-    missed = [row for row in suite.rows if row.reached() is False]
     judged = [row for row in suite.rows if row.target is not None]
-    rows = [asdict(row) | {"reached": row.reached()} for row in suite.rows]
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    results = {"family": family, "quick": arguments.quick, "repeats": repeats, "machine": facts, "rows": rows}
-    results["failed_runs"] = len(launcher.failures)
-    (arguments.output / f"{family}.json").write_text(json.dumps(results, indent=1) + "\n")
+    missed = [row for row in judged if not row.reached()]
     reached = f"{len(judged) - len(missed)} of {len(judged)} targets reached"
     print(f"{reached}, {len(launcher.failures)} failed runs, {facts['minutes']} min")
     return 1 if missed else 0
+
+
+def write(target: Path, record: Record) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

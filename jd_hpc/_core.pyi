@@ -13,6 +13,7 @@ class Link:
     run: int
     dropped: int
     early: list[tuple[int, bytes]]
+    parting: bool
 
 class Slave(Link):
     def __init__(self, handle: int, run: int, body_turn: NDArray[np.uint32]) -> None: ...

@@ -55,8 +55,7 @@ cdef enum:
     SLEEP_FIRST_NS = 1_000
     SLEEP_MOST_NS = 500_000
     SIGNAL_CHECK_NS = 4_000_000
-    DEAF_NS = 2_000_000_000
-    HEAD_POLLS_PER_SWEEP = 256
+    POLLS_PER_SWEEP = 256
     # rows up to this size are copied out for the single hooks: keeping one must not keep a whole message
     COPY_ROW_BYTES = 4096
     # what a slave says besides results (facts, errors) may be as large as this, whatever payload_limit is
@@ -114,8 +113,7 @@ cdef class Link:
     cdef int order_head
     cdef int order_length
     cdef int64_t empty_polls
-    cdef MPI_Status *statuses
-    cdef int *completed
+    cdef MPI_Status status              # of the message that came in last
     cdef list messages                  # their Buffers
     cdef char **message_data
     cdef Rows message_rows              # what lies in an inline payload
@@ -129,7 +127,7 @@ cdef class Link:
     cdef int64_t idle_polls
     cdef int64_t pause_ns
     cdef int64_t looked_ns              # when Python's signal handlers last had their turn
-    cdef int64_t deaf_until_ns          # until then they have none
+    cdef readonly bint parting          # from the end of the loop to the goodbye: signals.py lets a Ctrl-C wait
 
     def __cinit__(self, uintptr_t handle, int64_t run, uint32_t[::1] body_turn, *args):
         self.comm = <MPI_Comm> handle
@@ -149,8 +147,6 @@ cdef class Link:
         cdef int finalized = 0
         free(self.receives)
         free(self.order)
-        free(self.statuses)
-        free(self.completed)
         free(self.message_data)
         free(self.bodies)
         MPI_Finalized(&finalized)  # a failure here leaves 0, and the type is freed
@@ -165,11 +161,9 @@ cdef class Link:
         self.message_rows = rows
         self.receives = <MPI_Request *> calloc(posted, sizeof(MPI_Request))
         self.order = <int *> calloc(posted, sizeof(int))
-        self.statuses = <MPI_Status *> calloc(posted, sizeof(MPI_Status))
-        self.completed = <int *> calloc(posted, sizeof(int))
         self.message_data = <char **> calloc(posted, sizeof(char *))
         self.bodies = <Body *> calloc(body_limit, sizeof(Body))
-        if not (self.receives and self.order and self.statuses and self.completed and self.message_data and self.bodies):
+        if not (self.receives and self.order and self.message_data and self.bodies):
             raise MemoryError()
         self.body_buffers = [None] * body_limit
         for i in range(posted):
@@ -194,56 +188,52 @@ cdef class Link:
         return check(MPI_Irecv(self.message_data[i], MESSAGE_BYTES, MPI_BYTE, self.source, TAG_MESSAGE, self.comm,
                                &self.receives[i]))
 
-    cdef int poll(self) except -1 nogil:
-        """How many messages came in; `completed` names their receives, which are to be reposted.
+    cdef int poll(self) except -2 nogil:
+        """Which receive holds a message that came in, or -1. The caller reposts it; `status` tells its source.
 
         Messages match the receives in the order in which these were posted, so it is enough to test the first one. Should a sender
-        die in the middle of a message, its receive never completes: now and then all are tested.
+        die in the middle of a message, its receive never completes: now and then all are tested. A test that fails is costly (Open
+        MPI yields in it when there are more ranks than cores), so none is made before what came in was answered.
         """
-        cdef int i, flag = 0, count = 0
-        while self.order_length > 0:
-            i = self.order[self.order_head]
-            check(MPI_Test(&self.receives[i], &flag, &self.statuses[count]))
-            if not flag:
-                break
-            self.completed[count] = i
-            count += 1
+        cdef int i, flag = 0
+        if self.order_length == 0:
+            return -1
+        i = self.order[self.order_head]
+        check(MPI_Test(&self.receives[i], &flag, &self.status))
+        if flag:
             self.order_head = 0 if self.order_head + 1 == self.posted else self.order_head + 1
             self.order_length -= 1
-        if count > 0:
-            return count
+            return i
         self.empty_polls += 1
-        if self.empty_polls % HEAD_POLLS_PER_SWEEP == 0:
-            return self.sweep()
-        return 0
+        return self.sweep() if self.empty_polls % POLLS_PER_SWEEP == 0 else -1
 
-    cdef int sweep(self) except -1 nogil:
-        """Test all receives, and take those that are complete out of the order."""
-        cdef int k, i, count = 0, kept = 0, length = self.order_length
-        check(MPI_Testsome(self.posted, self.receives, &count, self.completed, self.statuses))
-        if count == MPI_UNDEFINED or count == 0:
-            return 0
+    cdef int sweep(self) except -2 nogil:
+        """Test all receives, and take one that is complete out of the order."""
+        cdef int k, i, found = -1, flag = 0, kept = 0, length = self.order_length
+        check(MPI_Testany(self.posted, self.receives, &found, &flag, &self.status))
+        if not flag or found == MPI_UNDEFINED:
+            return -1
         for k in range(length):
             i = self.order[(self.order_head + k) % self.posted]
-            if self.receives[i] != MPI_REQUEST_NULL:
+            if i != found:
                 self.order[(self.order_head + kept) % self.posted] = i
                 kept += 1
         self.order_length = kept
-        return count
+        return found
 
-    cdef bint is_ours(self, int k) except -1 nogil:
-        """Whether the k-th completed message belongs to this run and is whole."""
+    cdef bint is_ours(self, int i) except -1 nogil:
+        """Whether the message that came in to the i-th receive belongs to this run and is whole."""
         cdef int bytes_in = 0
-        cdef char *data = self.message_data[self.completed[k]]
+        cdef char *data = self.message_data[i]
         cdef Header *header = <Header *> data
-        check(MPI_Get_count(&self.statuses[k], MPI_BYTE, &bytes_in))
+        check(MPI_Get_count(&self.status, MPI_BYTE, &bytes_in))
         if bytes_in >= HEADER_BYTES and header.magic == MAGIC and header.body_bytes >= 0 \
                 and (header.body_bytes > INLINE_BYTES or bytes_in == HEADER_BYTES + header.body_bytes):
             if header.run == self.run:
                 return True
             if header.run > self.run:
                 with gil:
-                    self.early.append((self.statuses[k].MPI_SOURCE, data[:bytes_in]))
+                    self.early.append((self.status.MPI_SOURCE, data[:bytes_in]))
                 return False
         self.dropped += 1
         return False
@@ -356,16 +346,11 @@ cdef class Link:
 
     cdef int look_up(self, int64_t now) except -1 nogil:
         """Every few ms Python's signal handlers have their turn, which is how Ctrl-C gets through."""
-        if now - self.looked_ns < SIGNAL_CHECK_NS or now < self.deaf_until_ns:
+        if now - self.looked_ns < SIGNAL_CHECK_NS:
             return 0
         self.looked_ns = now
         with gil:
             PyErr_CheckSignals()
-        return 0
-
-    cdef int turn_deaf(self) noexcept nogil:
-        """While ranks part, a Ctrl-C waits: parting takes a moment, unless somebody is still in a long job, or gone."""
-        self.deaf_until_ns = coarse_ns() + <int64_t> DEAF_NS
         return 0
 
     cdef int unpost(self) except -1:
@@ -375,11 +360,10 @@ cdef class Link:
             if self.receives[i] == MPI_REQUEST_NULL:
                 continue
             check(MPI_Cancel(&self.receives[i]))
-            check(MPI_Wait(&self.receives[i], &self.statuses[0]))
-            check(MPI_Test_cancelled(&self.statuses[0], &cancelled))
+            check(MPI_Wait(&self.receives[i], &self.status))
+            check(MPI_Test_cancelled(&self.status, &cancelled))
             if not cancelled:
-                self.completed[0] = i
-                self.is_ours(0)
+                self.is_ours(i)
         self.posted = self.order_length = 0
         return 0
 

@@ -1,7 +1,7 @@
 # The master's side of _core.pyx: gives jobs out, takes results in, and calls the user's hooks for batches of them.
 
 cdef enum:
-    POSTED_LEAST = 8            # receives posted: few, so that Testsome is short, but enough for a poll's worth of answers
+    POSTED_LEAST = 8            # receives posted
     POSTED_MOST = 64
     FETCH_MOST = 64             # batches asked of next_job before results are looked at again
     COLLECT_ROWS = 1024         # results in small messages are handed over at the latest when there are so many
@@ -112,7 +112,7 @@ cdef class Master(Link):
         self.collects = self.grain * row_bytes <= INLINE_BYTES
         if self.collects:
             self.collect_limit = max(1, min(<int> COLLECT_ROWS, COLLECT_BYTES // row_bytes))
-            most = self.collect_limit + self.posted * self.grain  # one poll's messages may come on top
+            most = self.collect_limit + self.grain
             self.collected_indices = Buffer(most * sizeof(int64_t), Rows(np.dtype("i8")))
             self.collected_jobs = Buffer(most * self.job_rows.row_bytes, self.job_rows)
             self.collected_results = Buffer(most * self.result_rows.row_bytes, self.result_rows)
@@ -122,18 +122,21 @@ cdef class Master(Link):
 
     def run_jobs(self):
         """Run until there is no job left and all results are delivered."""
-        while True:
-            if self.failure is not None:
-                raise self.failure
-            self.deliver()
-            self.fetch()
-            if self.exhausted and self.scheduler.open_count == 0 and not self.collected and not self.attention:
-                return
-            if self.is_alone():
-                self.work_locally()
-            else:
-                with nogil:
-                    self.pump()
+        try:
+            while True:
+                if self.failure is not None:
+                    raise self.failure
+                self.deliver()
+                self.fetch()
+                if self.exhausted and self.scheduler.open_count == 0 and not self.collected and not self.attention:
+                    return
+                if self.is_alone():
+                    self.work_locally()
+                else:
+                    with nogil:
+                        self.pump()
+        finally:
+            self.parting = True
 
     cdef int pump(self) except -1 nogil:
         """Move messages until Python is needed."""
@@ -350,23 +353,22 @@ cdef class Master(Link):
     # ---- results come in -----------------------------------------------------------------------------------------
 
     cdef bint take_in(self) except -1 nogil:
-        """Look at the messages that came in. Small numeric results are collected, the rest needs Python."""
-        cdef int k, i, source, count = self.poll()
+        """Take in a message. A small numeric result is collected, the rest needs Python."""
+        cdef int i = self.poll(), source = self.status.MPI_SOURCE
         cdef Header *header
-        for k in range(count):
-            i = self.completed[k]
-            header = <Header *> self.message_data[i]
-            source = self.statuses[k].MPI_SOURCE
-            if not self.is_ours(k):
-                pass
-            elif self.collects and header.kind == KIND_RESULTS and header.failure_bytes == 0 \
-                    and header.body_bytes == header.count * self.result_rows.row_bytes:
-                self.collect(header, source)
-            else:
-                with gil:
-                    self.accept(i, source)
-            self.repost(i)
-        return count > 0
+        if i < 0:
+            return False
+        header = <Header *> self.message_data[i]
+        if not self.is_ours(i):
+            pass
+        elif self.collects and header.kind == KIND_RESULTS and header.failure_bytes == 0 \
+                and header.body_bytes == header.count * self.result_rows.row_bytes:
+            self.collect(header, source)
+        else:
+            with gil:
+                self.accept(i, source)
+        self.repost(i)
+        return True
 
     cdef int collect(self, Header *header, int source) except -1 nogil:
         """Copy a small result and its job to where they wait to be handed over; the slot is free at once."""
@@ -397,7 +399,7 @@ cdef class Master(Link):
         return 0
 
     cdef int accept(self, int i, int source) except -1:
-        """A message that needs Python. What goes wrong is raised by run_jobs: all messages that came in are dealt with first."""
+        """A message that needs Python. What goes wrong is raised by run_jobs, once the receive is posted again."""
         try:
             self.accept_message(self.messages[i], source)
         except BaseException as error:
@@ -627,7 +629,7 @@ cdef class Master(Link):
         cdef int rank
         if stops == NULL:
             raise MemoryError()
-        self.turn_deaf()
+        self.parting = True
         try:
             if self.posted == 0:
                 self.begin(None, 0)  # the run failed before it began
@@ -646,10 +648,11 @@ cdef class Master(Link):
             self.clear_slots()
             self.unpost()
         except BaseException:
-            # Interrupted for the second time: MPI may still write to and read from all of these.
+            # The user will not wait: MPI may still write to and read from all of these.
             aside.extend((buffers, self.messages, self.body_buffers, self.slot_buffers))
             raise
         finally:
+            self.parting = False
             free(stops)
 
     cdef bint is_over(self, Outgoing *stops) except -1 nogil:

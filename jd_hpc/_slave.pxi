@@ -24,9 +24,7 @@ cdef class Slave(Link):
     cdef int *queue                     # receives that hold a message not looked at yet, in order of arrival
     cdef int queue_length
     cdef bint stopped
-    cdef bint leaving
-    cdef object trouble                 # what went wrong while messages were taken in
-    cdef int64_t polled_ns
+    cdef int64_t looked_in_ns
 
     def __dealloc__(self):
         free(self.outs)
@@ -76,23 +74,19 @@ cdef class Slave(Link):
 
     def serve(self):
         """Run jobs until the master says stop."""
-        with nogil:
-            while not self.stopped:
-                self.rest(self.step())
+        try:
+            with nogil:
+                while not self.stopped:
+                    self.rest(self.step())
+        finally:
+            self.parting = True
 
     cdef bint step(self) except -1 nogil:
-        """Look for messages, then run at most one batch: a stop that came in meanwhile is seen before the next one.
-
-        With work at hand and next to no time gone, looking again can wait.
-        """
+        """Look for messages, then run at most one batch."""
         cdef int i
-        cdef bint moved = False
-        cdef int64_t now = coarse_ns()
-        if self.queue_length == 0 or now != self.polled_ns:
-            self.polled_ns = now
-            moved = self.take_in()
-            if self.stopped:
-                return True
+        cdef bint moved = self.look()
+        if self.stopped:
+            return True
         if self.body_count:
             i = self.finished_body()
             if i >= 0:
@@ -108,36 +102,36 @@ cdef class Slave(Link):
         self.repost(i)
         return True
 
-    cdef bint take_in(self) except -1 nogil:
-        """Queue the messages that came in; what needs no work is dealt with at once."""
-        cdef int k, i, count = self.poll()
-        cdef Header *header
-        for k in range(count):
-            i = self.completed[k]
-            header = <Header *> self.message_data[i]
-            if not self.is_ours(k):
-                self.repost(i)
-            elif header.kind == KIND_STOP:
-                self.stopped = True
-            elif header.kind == KIND_JOBS and header.body_bytes > INLINE_BYTES:
-                with gil:
-                    self.expect(header)
-                self.repost(i)
-            else:
-                self.queue[self.queue_length] = i
-                self.queue_length += 1
-        if self.trouble is not None and not self.leaving:
-            with gil:
-                raise self.trouble
-        return count > 0
+    cdef bint look(self) except -1 nogil:
+        """Take in one message if there is nothing to do. If time has passed, all there are: a stop is seen before the next batch."""
+        cdef bint moved = False
+        cdef int64_t now = coarse_ns()
+        if now != self.looked_in_ns:
+            self.looked_in_ns = now
+            while self.take_in():
+                moved = True
+            return moved
+        return self.queue_length == 0 and self.take_in()
 
-    cdef int expect(self, Header *header) except -1:
-        """Receive a body. What goes wrong is raised when all messages that came in are dealt with: none may be lost."""
-        try:
-            self.expect_body(header, 0, self.job_rows)
-        except BaseException as error:
-            self.trouble = error
-        return 0
+    cdef bint take_in(self) except -1 nogil:
+        """Take in a message: a batch is queued, what needs no work is dealt with at once."""
+        cdef int i = self.poll()
+        cdef Header *header
+        if i < 0:
+            return False
+        header = <Header *> self.message_data[i]
+        if not self.is_ours(i):
+            self.repost(i)
+        elif header.kind == KIND_STOP:
+            self.stopped = True
+        elif header.kind == KIND_JOBS and header.body_bytes > INLINE_BYTES:
+            with gil:
+                self.expect_body(header, 0, self.job_rows)
+            self.repost(i)
+        else:
+            self.queue[self.queue_length] = i
+            self.queue_length += 1
+        return True
 
     cdef int run_message(self, int i) except -1 nogil:
         """A batch that came whole in a message."""
@@ -291,8 +285,7 @@ cdef class Slave(Link):
 
     def report(self, error):
         """Tell the master that this slave cannot go on, and why; then wait for its word to stop."""
-        self.turn_deaf()
-        self.leaving = True
+        self.parting = True
         if self.posted == 0:
             self.begin()  # it failed before it began
         if isinstance(error, KeyboardInterrupt):
@@ -307,8 +300,7 @@ cdef class Slave(Link):
         """Say goodbye: all results have gone out, and every body that was announced has come in."""
         cdef int k
         cdef bint done = False
-        self.turn_deaf()
-        self.leaving = True
+        self.parting = True
         while not done:
             done = not self.take_in()
             while self.finished_body() >= 0:
@@ -319,3 +311,4 @@ cdef class Slave(Link):
             self.rest(False)
         self.unpost()  # first: what the master says after the goodbye belongs to the next run
         self.say(KIND_BYE, None)
+        self.parting = False

@@ -15,6 +15,7 @@ from jd_hpc import local
 from jd_hpc.errors import JobError
 from jd_hpc.machine import Channel, LocalMachine, MPIMachine, as_machine, load_core
 from jd_hpc.plan import Hook, Plan
+from jd_hpc.signals import Interrupts
 
 logger = logging.getLogger("jd_hpc")
 
@@ -184,8 +185,11 @@ class JobDispatcher:
         channel = machine.channel()
         if machine.is_master:
             master = core.Master(channel.handle, channel.next_run(), channel.body_turn, channel.early)
-            return self._run_master(machine, channel, master)
-        return self._run_slave(core.Slave(channel.handle, channel.next_run(), channel.body_turn))
+            with Interrupts(master):
+                return self._run_master(machine, channel, master)
+        slave = core.Slave(channel.handle, channel.next_run(), channel.body_turn)
+        with Interrupts(slave):
+            return self._run_slave(slave)
 
     def _run_local(self) -> Any:
         try:

@@ -72,7 +72,8 @@ def as_rows(value: Any, dtype: np.dtype[Any], lead: tuple[int, ...], what: str) 
     if array.shape != shape:
         raise PayloadError(f"{what} has shape {array.shape} where {shape} was declared ({dtype}); reshape it, or declare its shape")
     if array.dtype != base:
-        if not np.can_cast(array.dtype, base, "same_kind") or array.dtype.hasobject:
+        integers = array.dtype.kind in "iu" and base.kind in "iu"  # here the values decide
+        if not (integers or np.can_cast(array.dtype, base, "same_kind")) or array.dtype.hasobject:
             raise PayloadError(f"{what} has dtype {array.dtype} where {base} was declared; convert it yourself if that is meant")
         cast = array.astype(base)
         if base.kind not in "fc" and not (cast == array).all():  # floats may be rounded, nothing else may change

@@ -148,7 +148,7 @@ def test_what_was_given_is_kept_alive(library):
 @pytest.mark.parametrize("restype", [c_double, c_int64, c_void_p, None])
 def test_ctypes_with_a_wrong_result_is_refused(library, restype):
     library.add.restype = restype
-    with pytest.raises(KernelError, match="must return .*, 0 for success"):
+    with pytest.raises(KernelError, match=r"must return .*, 0 for success"):
         resolve(library.add)
 
 
@@ -168,7 +168,7 @@ def test_null_pointers_are_refused():
 
 @pytest.mark.parametrize("data", ["text", 1.5, np.zeros(3), c_int(3), [1], -1, 2**70], ids=repr)
 def test_user_data_without_an_address_is_refused(library, data):
-    with pytest.raises(KernelError, match="user data .*give an int, a ctypes or cffi pointer, or a ctypes array"):
+    with pytest.raises(KernelError, match=r"user data .*give an int, a ctypes or cffi pointer, or a ctypes array"):
         resolve((library.add, data))
 
 
@@ -180,9 +180,7 @@ def python_function(job, result, user_data):
     "given", [python_function, len, "add", 12345, object(), [1, 2]], ids=lambda it: type(it).__name__
 )
 def test_what_is_no_kernel_is_refused(given):
-    with pytest.raises(
-        KernelError, match="is no compiled kernel; give a ctypes or cffi function pointer"
-    ):
+    with pytest.raises(KernelError, match=r"is no compiled kernel; give a ctypes or cffi function pointer"):
         resolve(given)
 
 
@@ -371,7 +369,7 @@ def test_numba_of_another_signature_is_refused():
     def other(x):
         return x
 
-    with pytest.raises(KernelError, match="must return .*, 0 for success"):
+    with pytest.raises(KernelError, match=r"must return .*, 0 for success"):
         resolve(other)
 
     @numba.njit

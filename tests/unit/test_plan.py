@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jd_hpc import JobDispatcher
+from jd_hpc import JobDispatcher, PayloadError
 from jd_hpc.plan import READ_AHEAD_BATCHES, READ_AHEAD_BYTES, Plan
 
 
@@ -54,6 +54,14 @@ def test_read_ahead_is_bounded(grain):
     plan = plan_of(Rows(grain=grain))
     assert 1 <= plan.read_ahead <= READ_AHEAD_BATCHES
     assert plan.read_ahead == 1 or plan.read_ahead * grain * 16 <= READ_AHEAD_BYTES
+
+
+@pytest.mark.parametrize("name", ["job_dtype", "result_dtype"])
+def test_a_batch_over_the_limit_is_refused_at_once(name):
+    kind = type("Limited", (Rows,), {"job_dtype": "i1", "result_dtype": "i1", name: ("f8", 2), "payload_limit": 160})
+    assert plan_of(kind(grain=10)).grain == 10
+    with pytest.raises(PayloadError, match=f"{name}: .* payload_limit = 160; lower grain, or raise payload_limit"):
+        plan_of(kind(grain=11))
 
 
 def test_nothing_is_asked_ahead_of_next_job_or_of_objects():

