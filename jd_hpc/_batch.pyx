@@ -220,8 +220,11 @@ cdef class Evaluator:
     cdef int _block(self, object jobs, int count, Buffer out, list results, list failures) except -1:
         """A block that raises fails as a whole: nobody can tell which of its jobs did it."""
         cdef int i
+        cdef object given = results if self.result_rows is None else out.rows[:count]
         try:
-            self.process_jobs(jobs[:count], results if self.result_rows is None else out.rows[:count])
+            returned = self.process_jobs(jobs[:count], given)
+            if returned is not None and returned is not given:
+                raise PayloadError("process_jobs returned a %s; it must fill `results` and return None" % type(returned).__name__)
         except KeyboardInterrupt:
             raise
         except BaseException as error:

@@ -28,7 +28,7 @@ import numpy as np
 
 from jd_hpc._batch import kernel_failures
 from jd_hpc.errors import Failure, JobError, MPIError, PayloadError, ProtocolError, RanksDisagreeError, SlaveError
-from jd_hpc.payload import check_finite, pack, pack_into, unpack
+from jd_hpc.payload import block_length, check_finite, pack, pack_into, unpack
 from jd_hpc.wire import padded_bytes
 
 cnp.import_array()
@@ -380,4 +380,5 @@ def layout():
 
 
 include "_slave.pxi"
+include "_jobs.pxi"
 include "_master.pxi"

@@ -279,7 +279,10 @@ def _traced(message: str, hook: Hook | None) -> Hook:
 
 def _number(name: str, value: int, least: int, most: int) -> int:
     """Check an option."""
-    number = index(value)
+    try:
+        number = index(value)
+    except TypeError as error:
+        raise TypeError(f"{name} = {value!r} is no whole number") from error
     if not least <= number <= most:
         raise ValueError(f"{name} = {number} is out of range: it can be {least} to {most}")
     return number

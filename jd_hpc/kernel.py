@@ -48,8 +48,8 @@ def resolve(given: Any) -> Kernel:
     function = given
     if isinstance(given, tuple):
         # a LowLevelCallable is a tuple too: (capsule, function, user data)
-        if type(given).__name__ == "LowLevelCallable" and len(given) == 3:
-            function, user_data = given[1], given[2]
+        if type(given).__name__ == "LowLevelCallable":
+            function, user_data = given.function, given.user_data  # type: ignore[attr-defined]
         elif len(given) == 2:
             function, user_data = given
         else:
@@ -65,7 +65,7 @@ def _address(function: Any) -> int:
     elif type(function).__name__ == "PyCapsule":
         return _capsule_address(function)
     elif _is_cffi(function):
-        address = _cffi_address(function, "a function pointer")
+        address = _cffi_address(function, True)
     elif isinstance(getattr(function, "address", None), int) and hasattr(function, "native_name"):  # numba.cfunc
         _check_ctypes(function.ctypes)
         address = function.address
@@ -120,21 +120,35 @@ def _is_cffi(value: Any) -> bool:
     return type(value).__module__ == "_cffi_backend"
 
 
-def _cffi_address(value: Any, what: str) -> int:
+def _cffi_address(value: Any, is_kernel: bool) -> int:
+    """Return the address in a cffi pointer."""
     import cffi  # type: ignore[import-untyped]  # whoever gives a cffi pointer has it
 
     ffi = cffi.FFI()
-    kind = ffi.typeof(value).kind
-    if kind not in ("function", "pointer", "array"):
-        raise KernelError(f"{value!r} is a cffi {kind}, not {what}")
-    return int(ffi.cast("uintptr_t", value))
+    try:
+        kind = ffi.typeof(value)
+        address = int(ffi.cast("uintptr_t", value))
+    except TypeError as error:
+        raise KernelError(f"{value!r} is no pointer") from error
+    if not is_kernel:
+        if kind.kind not in ("pointer", "array", "function"):
+            raise KernelError(f"{value!r} is a cffi {kind.kind}, not a pointer")
+        return address
+    if address and kind.kind != "function":
+        raise KernelError(f"{value!r} is a cffi {kind.kind}, not a function pointer")
+    if address:
+        pointers = [arg.kind for arg in kind.args] == ["pointer"] * 3
+        if not pointers or kind.result.cname not in ("int", "int32_t", "unsigned int", "uint32_t"):
+            raise KernelError(f"the kernel is a {kind.cname}; it must be {SIGNATURES[0]}")
+    return address
 
 
 def _data_address(user_data: Any) -> int:
     if user_data is None:
         return 0
     if isinstance(user_data, int):
-        return user_data
+        if 0 <= user_data < 1 << 64:
+            return user_data
     if isinstance(user_data, ctypes.c_void_p):
         return user_data.value or 0
     if isinstance(user_data, (ctypes._Pointer, ctypes.Array)):
@@ -142,5 +156,5 @@ def _data_address(user_data: Any) -> int:
     if type(user_data).__name__ == "PyCapsule":
         return _open_capsule(user_data)[1]
     if _is_cffi(user_data):
-        return _cffi_address(user_data, "a pointer")
+        return _cffi_address(user_data, False)
     raise KernelError(f"user data {user_data!r} has no address; give an int, a ctypes or cffi pointer, or a ctypes array")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from jd_hpc._batch import Buffer
 from jd_hpc.errors import Failure, JobError, PayloadError
-from jd_hpc.payload import as_rows, check_finite
+from jd_hpc.payload import as_rows, block_length, check_finite
 from jd_hpc.plan import Plan
 
 
@@ -36,7 +37,8 @@ def run_jobs(plan: Plan) -> int:
         else:
             out = Buffer(count * plan.result_rows.row_bytes, plan.result_rows, 0, True)
         failures = {at: Failure.of(error) for at, error in evaluator.evaluate(jobs, count, out, objects)}
-        _deliver(plan, first, jobs, objects if out is None else out.rows, failures)
+        results = objects if out is None else _read_only(out.rows.copy() if out.kept() else out.rows)
+        _deliver(plan, first, jobs, results, failures)
         first += count
 
 
@@ -44,43 +46,39 @@ def _next_batch(plan: Plan, first: int) -> Any:
     """Ask for up to one grain of jobs: rows that nobody else holds, or a list of objects."""
     if plan.next_jobs is not None:
         block = plan.next_jobs(plan.grain)
-        if block is None or len(block) == 0:
-            return ()
-        if len(block) > plan.grain:
-            raise PayloadError(f"next_jobs({plan.grain}) returned {len(block)} jobs; return at most as many as asked for")
-        if plan.job_dtype is None:
-            return list(block)
-        rows = as_rows(block, plan.job_dtype, (len(block),), "what next_jobs returned").copy()
+        count = block_length(block, plan.grain)
+        if plan.job_dtype is None or count == 0:
+            return list(block) if count else ()
+        rows = as_rows(block, plan.job_dtype, (count,), "what next_jobs returned").copy()
     else:
         jobs: list[Any] = []
         while len(jobs) < plan.grain and (job := plan.next_job()) is not None:
-            jobs.append(job)
+            jobs.append(job if plan.job_dtype is None else _row(job, plan.job_dtype, first + len(jobs)))
         if plan.job_dtype is None or not jobs:
             return jobs
         rows = np.empty(len(jobs), plan.job_dtype)
-        for at, job in enumerate(jobs):
-            try:
-                rows[at] = as_rows(job, plan.job_dtype, (), "what next_job returned")
-            except PayloadError as error:
-                error.add_note(f"This was job {first + at}.")
-                raise
+        for at, row in enumerate(jobs):
+            rows[at] = row
     if not plan.allow_nan:
         check_finite(rows, "what next_job returned")
-    rows.flags.writeable = False
-    return rows
+    return _read_only(rows)
+
+
+def _row(job: Any, dtype: np.dtype[Any], index: int) -> NDArray[Any]:
+    """Copy a job at once: next_job may use its array again."""
+    try:
+        return as_rows(job, dtype, (), "what next_job returned").copy()
+    except PayloadError as error:
+        error.add_note(f"This was job {index}.")
+        raise
 
 
 def _deliver(plan: Plan, first: int, jobs: Any, results: Any, failures: dict[int, Failure]) -> None:
     """Hand over a batch: results first where they go as a block, else in the order of the jobs."""
-    if plan.result_rows is not None:
-        results.flags.writeable = False
     if plan.process_results is not None and len(failures) < len(jobs):
         good = [at for at in range(len(jobs)) if at not in failures]
-        indices = first + np.array(good, "i8")
-        if failures:
-            plan.process_results(indices, _pick(jobs, good), _pick(results, good))
-        else:
-            plan.process_results(indices, jobs, results)
+        indices = _read_only(first + np.array(good, "i8"))
+        plan.process_results(indices, _pick(jobs, good), _pick(results, good))
     for at in range(len(jobs)):
         if at in failures:
             plan.process_failure(first + at, jobs[at], JobError(first + at, 0, failures[at]))
@@ -89,4 +87,11 @@ def _deliver(plan: Plan, first: int, jobs: Any, results: Any, failures: dict[int
 
 
 def _pick(batch: Any, good: list[int]) -> Any:
-    return batch[good] if isinstance(batch, np.ndarray) else [batch[at] for at in good]
+    if len(good) == len(batch):
+        return batch
+    return _read_only(batch[good]) if isinstance(batch, np.ndarray) else [batch[at] for at in good]
+
+
+def _read_only(array: NDArray[Any]) -> NDArray[Any]:
+    array.flags.writeable = False
+    return array

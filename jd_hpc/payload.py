@@ -34,8 +34,13 @@ def check_dtype(dtype: Any, name: str) -> np.dtype[Any] | None:
         return None
     try:
         given: np.dtype[Any] = np.dtype(dtype)
-    except TypeError as error:
+    except (TypeError, ValueError, SyntaxError) as error:
         raise PayloadError(f"{name}: {dtype!r} is no numpy dtype ({error}); use None for Python objects") from error
+    shape: tuple[int, ...] = ()
+    while given.subdtype is not None:  # an array of arrays is an array of more axes
+        shape, given = shape + given.shape, given.base
+    if shape:
+        given = np.dtype((given, shape))
     if given.hasobject:
         raise PayloadError(f"{name}: {given} holds Python objects, which cannot travel as bytes; use {name} = None")
     if given.itemsize == 0:
@@ -65,6 +70,8 @@ def as_rows(value: Any, dtype: np.dtype[Any], lead: tuple[int, ...], what: str) 
     base, shape = dtype.base, lead + dtype.shape
     if base.names is not None and not isinstance(value, (np.ndarray, np.generic)):
         return _as_records(value, dtype, lead, what)
+    if isinstance(value, np.ma.MaskedArray):
+        raise PayloadError(f"{what} is a masked array, and its mask cannot travel; use filled(), or send the mask as a field")
     try:
         array = np.asarray(value)
     except Exception as error:  # ragged lists and the like
@@ -72,14 +79,27 @@ def as_rows(value: Any, dtype: np.dtype[Any], lead: tuple[int, ...], what: str) 
     if array.shape != shape:
         raise PayloadError(f"{what} has shape {array.shape} where {shape} was declared ({dtype}); reshape it, or declare its shape")
     if array.dtype != base:
-        integers = array.dtype.kind in "iu" and base.kind in "iu"  # here the values decide
-        if not (integers or np.can_cast(array.dtype, base, "same_kind")) or array.dtype.hasobject:
-            raise PayloadError(f"{what} has dtype {array.dtype} where {base} was declared; convert it yourself if that is meant")
-        cast = array.astype(base)
-        if base.kind not in "fc" and not (cast == array).all():  # floats may be rounded, nothing else may change
-            raise PayloadError(f"{what}: {array!r} does not fit into {base}")
-        array = cast
+        array = _cast(array, base, what)
     return np.ascontiguousarray(array).reshape(shape)
+
+
+def _cast(array: NDArray[Any], base: np.dtype[Any], what: str) -> NDArray[Any]:
+    """Convert the elements, if that loses nothing but digits of floating numbers."""
+    if base.names is not None and array.dtype.names == base.names:
+        out = np.empty(array.shape, base)
+        for name in base.names:
+            out[name] = as_rows(array[name], base[name], array.shape, f"{what}, field {name!r}")
+        return out
+    integers = array.dtype.kind in "iu" and base.kind in "iu"  # here the values decide
+    castable = integers or np.can_cast(array.dtype, base, "same_kind")
+    if not castable or array.dtype.hasobject or base.names is not None or array.dtype.names is not None:
+        raise PayloadError(f"{what} has dtype {array.dtype} where {base} was declared; convert it yourself if that is meant")
+    with np.errstate(over="ignore"):
+        cast = array.astype(base)
+    lossless = not (np.isinf(cast) & ~np.isinf(array)).any() if base.kind in "fc" else (cast == array).all()
+    if not lossless:
+        raise PayloadError(f"{what}: {array!r} does not fit into {base}")
+    return cast
 
 
 def _as_records(value: Any, dtype: np.dtype[Any], lead: tuple[int, ...], what: str) -> NDArray[Any]:
@@ -90,14 +110,34 @@ def _as_records(value: Any, dtype: np.dtype[Any], lead: tuple[int, ...], what: s
     if out.ndim:
         if not isinstance(value, Sequence) or len(value) != len(out):
             raise PayloadError(f"{what}: {value!r} is no sequence of {len(out)} records of {base}")
-        for row, item in zip(out, value, strict=True):
-            row[...] = as_rows(item, np.dtype((base, dtype.shape[1:])) if dtype.shape and not lead else base, (), what)
+        item_dtype = dtype if lead else np.dtype((base, dtype.shape[1:]))
+        for at, item in enumerate(value):
+            out[at] = as_rows(item, item_dtype, (), what)
         return out
     if not isinstance(value, tuple) or len(value) != len(names):
         raise PayloadError(f"{what}: {value!r} is no record of {base}; give a tuple of {len(names)} fields or a numpy record")
     for name, item in zip(names, value, strict=True):
         out[name] = as_rows(item, base[name], (), f"{what}, field {name!r}")
     return out
+
+
+def block_length(block: Any, most: int) -> int:
+    """How many jobs there are in what next_jobs returned; 0 for None.
+
+    Raises
+    ------
+    PayloadError
+        If it has no length, or is longer than `most`.
+    """
+    if block is None:
+        return 0
+    try:
+        length = len(block)
+    except TypeError as error:
+        raise PayloadError(f"next_jobs({most}) returned {block!r}; return an array or a list of jobs, or None") from error
+    if length > most:
+        raise PayloadError(f"next_jobs({most}) returned {length} jobs; return at most as many as asked for")
+    return length
 
 
 def has_nan(rows: NDArray[Any]) -> bool:
@@ -157,7 +197,9 @@ def unpack(data: NDArray[np.uint8]) -> Any:
     Raises
     ------
     PayloadError
-        If the bytes are not what `pack` writes.
+        If the bytes are not laid out as `pack` does it.
+    Exception
+        Whatever unpickling raises.
     """
     count = int(data[:8].view("i8")[0]) if data.size >= 8 else -1
     if not 1 <= count <= data.size // 8 - 1:
@@ -169,7 +211,10 @@ def unpack(data: NDArray[np.uint8]) -> Any:
             raise PayloadError(f"a pickled message of {data.size} bytes has parts of {sizes} bytes")
         views.append(memoryview(data[at : at + size]))  # type: ignore[arg-type]
         at += _aligned(size)
-    return pickle.loads(views[0], buffers=views[1:])
+    try:
+        return pickle.loads(views[0], buffers=views[1:])
+    except pickle.UnpicklingError as error:
+        raise PayloadError(f"a message of {data.size} bytes is no pickle ({error})") from error
 
 
 def _aligned(size: int) -> int:

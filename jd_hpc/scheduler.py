@@ -99,7 +99,7 @@ class Scheduler:
 
     def submit(self, slot: int, first: int, jobs: int) -> int:
         """The open slot now holds `jobs` jobs from number `first` on: let it wait for a slave."""
-        if self.batch_state[slot] != BATCH_OPEN or jobs < 1 or first < 0:
+        if not 0 <= slot < self.batch_count or self.batch_state[slot] != BATCH_OPEN or jobs < 1 or first < 0:
             return -1
         self.batch_first[slot] = first
         self.batch_jobs[slot] = jobs
@@ -109,7 +109,7 @@ class Scheduler:
 
     def cancel(self, slot: int) -> int:
         """Give back an open slot that was not needed."""
-        if self.batch_state[slot] != BATCH_OPEN:
+        if not 0 <= slot < self.batch_count or self.batch_state[slot] != BATCH_OPEN:
             return -1
         self._free(slot)
         return 0
@@ -188,7 +188,7 @@ class Scheduler:
 
     def release(self, slot: int) -> int:
         """The caller is done with a batch that ended. The slot is free once no live slave works on it any more."""
-        if self.batch_state[slot] != BATCH_ENDED:
+        if not 0 <= slot < self.batch_count or self.batch_state[slot] != BATCH_ENDED:
             return -1
         if self.batch_slave[slot] > 0:
             self.batch_state[slot] = BATCH_RETIRED

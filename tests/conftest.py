@@ -23,9 +23,6 @@ def load_uncompiled() -> ModuleType:
     return module
 
 
-UNCOMPILED = load_uncompiled()
-
-
 @pytest.fixture(scope="session")
 def compiled() -> ModuleType:
     """The scheduler as it is installed."""
@@ -36,7 +33,7 @@ def compiled() -> ModuleType:
 @pytest.fixture(scope="session")
 def uncompiled() -> ModuleType:
     """The scheduler's source, run as plain Python."""
-    return UNCOMPILED
+    return load_uncompiled()
 
 
 @pytest.fixture(scope="session", params=["compiled", "uncompiled"])

@@ -31,7 +31,12 @@ def launch():
     yield start
     for one in launches:
         one.kill()
-    left = [str(path.relative_to(folder)) for folder in folders for path in folder.rglob("*") if not path.name.startswith(("shm.", "note."))]
+    left = [
+        str(path.relative_to(one.folder))
+        for one in launches
+        for path in one.folder.rglob("*")
+        if one.size and one.process.returncode == 0 and not path.name.startswith(("shm.", "note."))
+    ]
     for folder in folders:
         shutil.rmtree(folder)
     assert not left, f"{left} remain of MPI's temporary files"

@@ -57,7 +57,7 @@ class Launch:
 
     def __init__(self, folder: Path, size: int, script: str, *arguments: object, **settings: str) -> None:
         self.mark = uuid.uuid4().hex
-        self.folder = folder
+        self.folder, self.size = folder, size
         command = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
         if size:
             command = [mpiexec(), "-n", str(size), *command]
@@ -77,7 +77,11 @@ class Launch:
         return found
 
     def wait(self, timeout_s: float = 30.0) -> Ended:
-        """Wait for the end; one that does not come within the time fails the test. Nothing may remain."""
+        """Wait for the end; one that does not come within the time fails the test. No process may remain.
+
+        Nor may any shared memory, if all went well: ranks that mpiexec killed because another one failed leave some, whatever they ran.
+        So does an Open MPI that no mpiexec started.
+        """
         try:
             out, err = self.process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
@@ -90,13 +94,16 @@ class Launch:
             time.sleep(0.05)
         self.kill()
         assert not left, f"processes {left} outlived mpiexec"
-        left_files = [path for path in self.shared_memory() if Path(path).exists()]
-        assert not left_files, f"{left_files} remain in shared memory"
+        left_files = [path for path in self.shared_memory() if path.exists()]
+        for path in left_files:
+            path.unlink()
+        if self.size and self.process.returncode == 0:
+            assert not left_files, f"{left_files} remain in shared memory"
         return Ended(self.process.returncode, out, err, seconds)
 
-    def shared_memory(self) -> set[str]:
+    def shared_memory(self) -> set[Path]:
         """Return the files in /dev/shm that the script's ranks had mapped (see scripts/script_helpers.py)."""
-        return {line for path in self.folder.glob("shm.*") for line in path.read_text().splitlines()}
+        return {Path(line) for path in self.folder.glob("shm.*") for line in path.read_text().splitlines()}
 
     def read(self, name: str, timeout_s: float = 20.0) -> str:
         """Wait until the script has written a file of this name, and return its text."""

@@ -122,7 +122,7 @@ def test_silent_singletons_are_refused(launch, vm, variable, words):
     ended = launch(0, "alone.py", vm, **{variable: "4"}).wait()
     assert ended.code != 0
     assert ended.out == ""
-    for word in ["LaunchError: 4 processes were launched, but MPI sees only this one", "Cause: ", "Cure: use the mpiexec", *words]:
+    for word in ["LaunchError: 4 processes were launched, but MPI sees only this one", "Cause: ", "Cure: ", *words]:
         assert word in ended.err
 
 
@@ -172,12 +172,13 @@ def test_interrupt_of_mpiexec(launch, size, to):
     assert time.monotonic() - begin < 15
 
 
-@pytest.mark.parametrize("seed", ["one", "two"])
-def test_interrupt_at_any_time(launch, size, seed):
+@pytest.mark.parametrize("by", ["Ctrl-C", "a handler that raises"])
+def test_interrupt_at_any_time(launch, size, by):
     """Whatever the ranks are doing when the signals come, the run ends on all of them, and the next one works."""
-    rounds = 150
-    one = launch(size, "interrupted_at_any_time.py", rounds, seed)
-    ended = one.wait(40)
+    rounds = 100
+    one = launch(size, "interrupted_at_any_time.py", rounds, by)
+    ended = one.wait(30)
     assert (ended.code, ended.err) == (0, "")
     assert ended.out == f"rounds {rounds}\n"
-    assert all(int(one.read(f"note.interrupted{rank}", 0)) == rounds for rank in range(size))
+    if by == "Ctrl-C":
+        assert [int(one.read(f"note.heard{rank}", 0)) for rank in range(size)] == [rounds] * size

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -246,6 +247,35 @@ def test_a_failure_may_make_a_new_job_too():
     dispatcher.run()
     assert sorted(dispatcher.results) == [0, 2, 4]
     assert sorted(dispatcher.failures) == [1, 3]
+
+
+@pytest.mark.parametrize("grain", [1, 5])
+def test_jobs_and_results_are_not_collected(grain):
+    """Memory is bounded by the grain, not by the number of jobs."""
+    living = weakref.WeakSet()
+
+    class Token:
+        def __init__(self):
+            living.add(self)
+
+    class Tokens(Squares):
+        most = 0
+
+        def next_job(self):
+            self.given += 1
+            self.most = max(self.most, len(living))
+            return Token() if self.given <= self.job_count else None
+
+        def process_job(self, job):
+            return Token()
+
+        def process_result(self, index, job, result):
+            self.most = max(self.most, len(living))
+
+    dispatcher = Tokens(jobs=200, grain=grain)
+    dispatcher.run()
+    assert 2 * grain <= dispatcher.most <= 3 * grain
+    assert len(living) == 0
 
 
 # ---- failures ------------------------------------------------------------------------------------------------------

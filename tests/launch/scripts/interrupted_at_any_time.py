@@ -1,22 +1,35 @@
-"""Many runs; in each of them every rank gets a signal whose handler raises, each at a random time of its own."""
+"""Many runs; in each of them every rank gets a signal, each at a random time of its own. Arguments: rounds, which signal."""
 
+import os
 import random
 import signal
 import sys
+import threading
+import time
 
 from mpi4py import MPI
 from script_helpers import RANK, Squares, note, say
 
-rounds, seed = int(sys.argv[1]), sys.argv[2]
+from jd_hpc import JobError, SlaveError
+
+rounds, by = int(sys.argv[1]), sys.argv[2]
 comm = MPI.COMM_WORLD
 
 
+class StopError(Exception):
+    pass
+
+
+def handler(number, frame):
+    raise StopError
+
+
 class Busy(Squares):
-    count = 100_000
+    count = 1_000_000
 
     def on_startup(self):
-        # Armed inside of run(): what happens before a rank enters it is no business of the run's.
-        signal.setitimer(signal.ITIMER_REAL, self.delay_s)
+        # From inside of run(): what happens before a rank has entered it is no business of the run's.
+        self.timer.start()
 
     def process_job(self, job):
         return bytes(10_000) if job % 3 else job
@@ -25,24 +38,28 @@ class Busy(Squares):
         self.seen += 1
 
 
-signal.signal(signal.SIGALRM, signal.default_int_handler)
-interrupted = 0
+signal.signal(signal.SIGTERM, handler)
+if by == "Ctrl-C":
+    number, expected = signal.SIGINT, KeyboardInterrupt
+else:
+    number, expected = signal.SIGTERM, (StopError, JobError, SlaveError)  # in a job it is that job's failure
+heard = 0
 for i in range(rounds):
-    numbers = random.Random(f"{seed} {i} {RANK}")
+    own, common = random.Random(f"{i} {RANK}"), random.Random(i)
+    delay_s = common.random() * 0.005 + own.choice([0, 0.0003, 0.002, 0.01]) * own.random()
     dispatcher = Busy(comm, credit=1 + i % 4)
-    dispatcher.delay_s = 1e-6 + numbers.choice([0.0, 0.0003, 0.002, 0.01]) * numbers.random() + random.Random(f"{seed} {i}").random() * 0.003
+    dispatcher.timer = threading.Timer(delay_s, os.kill, (os.getpid(), number))
     try:
         try:
             dispatcher.run()
-        finally:
-            while signal.getitimer(signal.ITIMER_REAL)[0] > 0:  # one that was not heard yet must not hit the next round
-                signal.pause()
-            signal.setitimer(signal.ITIMER_REAL, 0)
-    except KeyboardInterrupt:
-        interrupted += 1
+        finally:  # a signal that comes after the run must not hit the next one
+            dispatcher.timer.join()
+            time.sleep(0.001)
+    except expected:
+        heard += 1
     comm.Barrier()
     answer = Squares(comm).run()
-    assert answer == (None if RANK else (100, 328350)), (seed, i, answer)
-note(f"interrupted{RANK}", interrupted)
+    assert answer == (None if RANK else (100, 328350)), (i, answer)
+note(f"heard{RANK}", heard)
 if RANK == 0:
     say("rounds", rounds)

@@ -1,0 +1,226 @@
+# How the master gives jobs out: the first half of _master.pxi.
+
+cdef enum:
+    FETCH_MOST = 64             # batches asked of next_job before results are looked at again
+
+cdef list aside = []  # buffers of sends that never completed: MPI may read them until the process ends
+
+
+cdef class JobSender(Link):
+    """Asks the user for jobs, keeps them in the slots of the scheduler's ledger, and sends them to whom the scheduler names."""
+    cdef readonly Scheduler scheduler
+    cdef object plan
+    cdef Rows job_rows
+    cdef Rows result_rows
+    cdef int grain
+    cdef int read_ahead                 # batches asked for before a slave is free
+    cdef int local_below                # with fewer slaves than this the master works itself
+    cdef bint allow_nan
+    cdef bint tells_sent                # on_job_sent is overridden
+    cdef int64_t next_index             # number of the next job
+    cdef bint exhausted                 # the user has no job now; asked again once results were delivered
+    cdef Outgoing *slots                # what the ledger's batches are made of
+    cdef list slot_buffers
+    cdef list slot_jobs                 # the objects, where jobs are objects
+
+    def __dealloc__(self):
+        free(self.slots)
+
+    cdef int lay_out_slots(self) except -1:
+        cdef int slot, count = self.scheduler.batch_count
+        self.slots = <Outgoing *> calloc(count, sizeof(Outgoing))
+        if self.slots == NULL:
+            raise MemoryError()
+        self.slot_buffers = [None] * count
+        self.slot_jobs = [None] * count
+        for slot in range(count):
+            self.slots[slot].head = self.slots[slot].body = MPI_REQUEST_NULL
+        return 0
+
+    cdef bint is_alone(self) noexcept nogil:
+        """Whether so few slaves are left that the master does the work."""
+        return self.scheduler.up_count + self.scheduler.absent_count < self.local_below
+
+    cdef int room(self) noexcept nogil:
+        """How many batches the user may be asked for now."""
+        cdef int waiting = self.scheduler.waiting_count
+        if self.is_alone():
+            return 1 - self.scheduler.open_count
+        if self.scheduler.up_count == 0 or (self.read_ahead and waiting > self.read_ahead // 4):
+            return 0
+        return min(self.scheduler.free_credit + self.read_ahead - waiting, self.scheduler.batch_count - self.scheduler.open_count)
+
+    cdef bint hand_out(self) except -1 nogil:
+        """Send what waits to whoever is ready."""
+        cdef int slot, slave
+        cdef bint moved = False
+        while True:
+            slot = self.scheduler.assign()
+            if slot < 0:
+                return moved
+            moved = True
+            slave = self.scheduler.holder(slot)
+            if self.scheduler.attempt(slot) > 0:
+                with gil:
+                    self.renew_slot(slot)
+                (<Header *> self.slots[slot].data).attempt = self.scheduler.attempt(slot)
+            self.send(&self.slots[slot], slave)
+            if self.tells_sent:
+                with gil:
+                    self.tell_sent(slot, slave)
+
+    cdef int tell_sent(self, int slot, int slave) except -1:
+        cdef int64_t first = self.scheduler.first(slot)
+        for index in range(first, first + self.scheduler.jobs(slot)):
+            self.plan.on_job_sent(slave, index)
+        return 0
+
+    cdef int fetch(self) except -1:
+        """Ask the user for jobs, as many as can be given out now."""
+        cdef int count
+        if self.exhausted:
+            return 0
+        count = self.room()
+        if count <= 0:
+            return 0
+        if self.plan.next_jobs is not None:
+            return self.fetch_block(count)
+        for _ in range(min(count, <int> FETCH_MOST)):
+            if not self.exhausted:
+                self.fetch_singly()
+        return 0
+
+    cdef int fetch_singly(self) except -1:
+        """Fill one batch by next_job, and send it if a slave is free."""
+        cdef int slot = self.open_slot(), count = 0
+        cdef object value
+        cdef Buffer buffer = self.slot_buffers[slot]
+        cdef list objects = []
+        while count < self.grain:
+            value = self.plan.next_job()
+            if value is None:
+                self.exhausted = True
+                break
+            if self.job_rows is None:
+                objects.append(value)
+            else:
+                try:
+                    self.job_rows.put(buffer.data + HEADER_BYTES + count * self.job_rows.row_bytes, value, "what next_job returned")
+                except PayloadError as error:
+                    error.add_note(f"This was job {self.next_index + count}.")
+                    raise
+            count += 1
+        if count == 0:
+            self.scheduler.cancel(slot)
+            return 0
+        if self.job_rows is None:
+            self.pack_slot(slot, objects)
+        elif not self.allow_nan:
+            check_finite(buffer.rows[:count], "what next_job returned")
+        self.submit(slot, count)
+        if not self.is_alone():
+            with nogil:
+                self.hand_out()
+        return 0
+
+    cdef int fetch_block(self, int count) except -1:
+        """Take a block of jobs from next_jobs and cut it into batches."""
+        cdef int64_t at, length, most = <int64_t> count * self.grain
+        cdef int slot, n
+        cdef char *where = NULL
+        cdef cnp.ndarray rows
+        value = self.plan.next_jobs(most)
+        length = block_length(value, most)
+        if length == 0:
+            self.exhausted = True
+            return 0
+        if self.job_rows is not None:
+            rows = self.job_rows.as_block(value, "what next_jobs returned")
+            if not self.allow_nan:
+                check_finite(rows, "what next_jobs returned")
+            where = <char *> cnp.PyArray_DATA(rows)
+        for at in range(0, length, self.grain):
+            slot = self.open_slot()
+            n = min(self.grain, length - at)
+            if where == NULL:
+                self.pack_slot(slot, list(value[at:at + n]))
+            else:
+                memcpy(self.slots[slot].data + HEADER_BYTES, where + at * self.job_rows.row_bytes, n * self.job_rows.row_bytes)
+            self.submit(slot, n)
+        return 0
+
+    cdef int open_slot(self) except -1:
+        """A free slot of the ledger, with a buffer that nobody else holds."""
+        cdef int slot = self.scheduler.open()
+        cdef Buffer buffer
+        if slot < 0:
+            raise ProtocolError(f"no slot is free: {self.scheduler.open_count} of {self.scheduler.batch_count} are open")
+        buffer = self.slot_buffers[slot]
+        if not self.is_sent(&self.slots[slot]):
+            self.set_aside(slot)
+        elif buffer is not None and not buffer.kept():
+            return slot
+        if self.job_rows is not None:
+            buffer = Buffer(HEADER_BYTES + padded_bytes(self.grain * self.job_rows.row_bytes), self.job_rows, HEADER_BYTES)
+            self.set_slot(slot, buffer)
+        return slot
+
+    cdef int set_slot(self, int slot, Buffer buffer) except -1:
+        self.slot_buffers[slot] = buffer
+        self.slots[slot].data = buffer.data
+        return 0
+
+    cdef int set_aside(self, int slot) except -1:
+        """A send that does not complete keeps its buffer until the end: whoever it was for is gone."""
+        cdef Outgoing *out = &self.slots[slot]
+        aside.append(self.slot_buffers[slot])
+        if out.head != MPI_REQUEST_NULL:
+            check(MPI_Request_free(&out.head))
+        if out.body != MPI_REQUEST_NULL:
+            check(MPI_Request_free(&out.body))
+        return 0
+
+    cdef int renew_slot(self, int slot) except -1:
+        """Before a batch is sent again: nothing else can be sent from a buffer whose send is not complete."""
+        cdef Buffer old = self.slot_buffers[slot], fresh
+        if self.is_sent(&self.slots[slot]):
+            return 0
+        self.set_aside(slot)
+        fresh = old.like()
+        memcpy(fresh.data, old.data, old.size)
+        return self.set_slot(slot, fresh)
+
+    cdef int pack_slot(self, int slot, list objects) except -1:
+        cdef Buffer buffer
+        try:
+            buffer = self.packed(objects, "what next_job returned", self.payload_limit)
+        except PayloadError as error:
+            error.add_note(f"This was job {self.next_index}, or one of the {len(objects)} from there on.")
+            raise
+        self.set_slot(slot, buffer)
+        self.slot_jobs[slot] = objects
+        return 0
+
+    cdef int submit(self, int slot, int count) except -1:
+        """Number the jobs of a slot that is filled, and let it wait for a slave."""
+        cdef Header *header = <Header *> self.slots[slot].data
+        header.kind = KIND_JOBS
+        header.first = self.next_index
+        header.count = count
+        header.attempt = 0
+        header.slot = slot
+        header.failure_bytes = 0
+        if self.job_rows is not None:  # a packed buffer knows its size
+            header.body_bytes = count * self.job_rows.row_bytes
+        self.next_index += count
+        if self.scheduler.submit(slot, header.first, count) < 0:
+            raise ProtocolError("cannot submit " + self.scheduler.describe(slot))
+        return 0
+
+    cdef int clear_slots(self) except -1:
+        """Let go of the slots: whoever has not received a job by now never will."""
+        cdef int slot
+        for slot in range(self.scheduler.batch_count if self.scheduler is not None else 0):
+            if not self.is_sent(&self.slots[slot]):
+                self.set_aside(slot)
+        return 0
