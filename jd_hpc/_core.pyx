@@ -55,6 +55,7 @@ cdef enum:
     SLEEP_FIRST_NS = 1_000
     SLEEP_MOST_NS = 500_000
     SIGNAL_CHECK_NS = 4_000_000
+    POLLS_PER_CLOCK = 64
     POLLS_PER_SWEEP = 256
     # rows up to this size are copied out for the single hooks: keeping one must not keep a whole message
     COPY_ROW_BYTES = 4096
@@ -125,6 +126,7 @@ cdef class Link:
     cdef uint32_t[::1] body_turn         # for each rank: bodies sent to it in all runs so far, which gives the next one's tag
     # the pause of an idle rank
     cdef int64_t idle_polls
+    cdef int64_t busy_polls
     cdef int64_t pause_ns
     cdef int64_t looked_ns              # when Python's signal handlers last had their turn
     cdef readonly bint parting          # from the end of the loop to the goodbye: signals.py lets a Ctrl-C wait
@@ -331,7 +333,8 @@ cdef class Link:
         if busy:
             self.idle_polls = 0
             self.pause_ns = SLEEP_FIRST_NS
-            return self.look_up(coarse_ns())
+            self.busy_polls += 1
+            return self.look_up(coarse_ns()) if self.busy_polls % POLLS_PER_CLOCK == 0 else 0
         self.idle_polls += 1
         if self.idle_polls <= SPIN_POLLS:
             return 0

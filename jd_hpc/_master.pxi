@@ -1,9 +1,8 @@
 # The master's side of _core.pyx: runs the loop, takes results in and hands them to the user's hooks in batches.
 
 cdef enum:
-    POSTED_LEAST = 8            # receives posted
-    POSTED_MOST = 64
-    COLLECT_ROWS = 1024         # results in small messages are handed over at the latest when there are so many
+    POSTED = 4                  # receives: more are no faster (measured), MPI keeps what comes in meanwhile
+    COLLECT_ROWS = 8192         # results in small messages are handed over at the latest when there are so many
     COLLECT_BYTES = 1 << 20
     BLOCK_PATIENCE_POLLS = SPIN_POLLS + 16  # ... or after so many polls without a message: not while others run on this core
 
@@ -57,7 +56,7 @@ cdef class Master(JobSender):
             self.job_rows, self.result_rows = plan.job_rows, plan.result_rows
             self.payload_limit = plan.payload_limit
         # a body on its way for every batch given out, and for what each rank says besides
-        self.post(MPI_ANY_SOURCE, min(max(POSTED_LEAST, limit), <int> POSTED_MOST), limit + 2 * self.size, self.result_rows)
+        self.post(MPI_ANY_SOURCE, POSTED, limit + 2 * self.size, self.result_rows)
         if not plan:
             self.stopping = True
             return
@@ -150,6 +149,7 @@ cdef class Master(JobSender):
         elif self.collects and header.kind == KIND_RESULTS and header.failure_bytes == 0 \
                 and header.body_bytes == header.count * self.result_rows.row_bytes:
             self.collect(header, source)
+            self.hand_out()  # first of all: the slave may be waiting
         else:
             with gil:
                 self.accept(i, source)
@@ -158,14 +158,15 @@ cdef class Master(JobSender):
 
     cdef int collect(self, Header *header, int source) except -1 nogil:
         """Copy a small result and its job to where they wait to be handed over; the slot is free at once."""
-        cdef int64_t at = self.collected, k
+        cdef int64_t at = self.collected, k, first = header.first
+        cdef int64_t *indices = <int64_t *> self.collected_indices.data + at
         cdef int64_t job_bytes = self.job_rows.row_bytes, result_bytes = self.result_rows.row_bytes
         if self.scheduler.on_result(source, header.slot, header.first, header.count, header.attempt) != VERDICT_DELIVER:
             return 0
         memcpy(self.collected_jobs.data + at * job_bytes, self.slots[header.slot].data + HEADER_BYTES, header.count * job_bytes)
         memcpy(self.collected_results.data + at * result_bytes, <char *> header + HEADER_BYTES, header.count * result_bytes)
         for k in range(header.count):
-            (<int64_t *> self.collected_indices.data)[at + k] = header.first + k
+            indices[k] = first + k
         self.collected += header.count
         self.scheduler.release(header.slot)
         if self.tells_result or self.tells_idle:

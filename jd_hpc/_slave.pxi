@@ -108,6 +108,7 @@ cdef class Slave(Link):
         cdef int64_t now = coarse_ns()
         if now != self.looked_in_ns:
             self.looked_in_ns = now
+            self.look_up(now)  # a kernel may take long: then there are too few polls for signals to be seen in time
             while self.take_in():
                 moved = True
             return moved

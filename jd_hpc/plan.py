@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 Hook = Callable[..., Any]
 
-READ_AHEAD_BATCHES = 1024
-"""How far next_jobs is asked ahead, for small batches: enough to make one call for many messages."""
+READ_AHEAD_BATCHES = 256
+"""How far next_jobs is asked ahead, for small batches: enough to make one call for many messages, and still in the cache."""
+READ_AHEAD_JOBS = 8192
 READ_AHEAD_BYTES = 1 << 20
 
 
@@ -83,7 +84,7 @@ class Plan:
         if self.next_jobs is None or self.job_rows is None:
             return 0
         batch_bytes = self.grain * self.job_rows.row_bytes
-        return max(1, min(READ_AHEAD_BATCHES // self.grain, READ_AHEAD_BYTES // batch_bytes))
+        return max(1, min(READ_AHEAD_BATCHES, READ_AHEAD_JOBS // self.grain, READ_AHEAD_BYTES // batch_bytes))
 
     def evaluator(self) -> Evaluator:
         """Return what runs a batch of jobs."""

@@ -1,7 +1,7 @@
 """Start scripts under mpiexec, as users do, and see what becomes of them.
 
-The rule they keep: whatever a test started is gone when it ends, and only that is ever killed: every process of a launch carries a name of
-its own in its environment.
+The rule they keep: whatever a test started is gone when it ends, and only that is ever killed: every process of a launch
+carries a name of its own in its environment.
 """
 
 from __future__ import annotations
@@ -64,8 +64,9 @@ class Launch:
         env = environment(**{MARK: self.mark, "TMPDIR": str(folder), **settings})
         self.begin = time.monotonic()
         self.process = subprocess.Popen(
-            command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
-        )
+            command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
+            start_new_session=True,
+        )  # fmt: skip
 
     def pids(self) -> list[int]:
         """Return all processes of this launch that are still there."""
@@ -79,8 +80,8 @@ class Launch:
     def wait(self, timeout_s: float = 30.0) -> Ended:
         """Wait for the end; one that does not come within the time fails the test. No process may remain.
 
-        Nor may any shared memory, if all went well: ranks that mpiexec killed because another one failed leave some, whatever they ran.
-        So does an Open MPI that no mpiexec started.
+        Nor may any shared memory, if all went well: ranks that mpiexec killed because another one failed leave some, whatever
+        they ran. So does an Open MPI that no mpiexec started.
         """
         try:
             out, err = self.process.communicate(timeout=timeout_s)

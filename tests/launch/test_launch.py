@@ -31,7 +31,7 @@ def test_success_with_rows_on_one_rank(launch):
         ("job error", ["JobError: job 10 failed on slave ", "Traceback there:", "ValueError: ten is too much", "in process_job"]),
         ("job exits", ["JobError: job 10 failed on slave ", "SystemExit: 0"]),
         ("bad result", ["JobError: job 10 failed on slave ", "cannot be pickled", "make it plain data"]),
-        ("bad job", ["PayloadError: what next_job returned cannot be pickled", "This was job 10."]),
+        ("bad job", ["PayloadError: what next_job returned cannot be pickled", "This was job 10"]),
         ("hook error", ["OSError: disk full", "in process_result"]),
         ("no good end", ["OSError: cannot write the report"]),
         ("master cannot start", ["OSError: no licence for the master"]),
@@ -62,8 +62,8 @@ def test_error_while_others_work_and_large_results_are_on_their_way(launch):
     assert ended.seconds < 15
 
 
-def test_error_is_caught(launch, size):
-    ended = launch(size, "ways_to_end.py", "job error is caught").wait()
+def test_error_is_caught(launch):
+    ended = launch(4, "ways_to_end.py", "job error is caught").wait()
     assert (ended.code, ended.err) == (0, "")
     assert ended.out.splitlines()[0] == "caught 10"
     assert ended.out.splitlines()[1].startswith(ANSWER)
@@ -88,8 +88,8 @@ def test_debug_goes_to_stderr(launch, debug):
     assert len(lines) < 10 or debug == 2
 
 
-def test_objects_that_live_until_the_interpreter_ends(launch, size):
-    ended = launch(size, "left_behind.py").wait()
+def test_objects_that_live_until_the_interpreter_ends(launch):
+    ended = launch(4, "left_behind.py").wait()
     assert (ended.code, ended.err) == (0, "")
     assert ended.out == "kept 300\n"
 
@@ -103,19 +103,18 @@ def test_a_local_run_imports_no_mpi(launch):
 
 
 def test_one_process_is_no_silent_singleton(launch):
-    for vm in ("world", "machine"):
-        for settings in ({}, {"PMI_SIZE": "1"}, {"OMPI_COMM_WORLD_SIZE": "1"}, {"SLURM_STEP_NUM_TASKS": "1"}):
-            ended = launch(0, "alone.py", vm, **settings).wait()
-            assert (ended.code, ended.out) == (0, "answer 385\n")
+    one = {"PMI_SIZE": "1", "OMPI_COMM_WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "1"}
+    for vm, settings in (("world", {}), ("machine", {}), ("world", one)):
+        ended = launch(0, "alone.py", vm, **settings).wait()
+        assert (ended.code, ended.out) == (0, "answer 385\n")
 
 
-@pytest.mark.parametrize("vm", ["world", "machine"])
 @pytest.mark.parametrize(
-    ("variable", "words"),
+    ("vm", "variable", "words"),
     [
-        ("PMI_SIZE", ["MPICH's mpiexec"]),
-        ("OMPI_COMM_WORLD_SIZE", ["Open MPI's mpiexec"]),
-        ("SLURM_STEP_NUM_TASKS", ["srun", "--mpi=pmi2", "--mpi=pmix"]),
+        ("machine", "PMI_SIZE", ["MPICH's mpiexec"]),
+        ("world", "OMPI_COMM_WORLD_SIZE", ["Open MPI's mpiexec"]),
+        ("world", "SLURM_STEP_NUM_TASKS", ["srun", "--mpi=pmi2", "--mpi=pmix"]),
     ],
 )
 def test_silent_singletons_are_refused(launch, vm, variable, words):
@@ -129,8 +128,13 @@ def test_silent_singletons_are_refused(launch, vm, variable, words):
 # ---- Ctrl-C ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("doing", ["nothing", "python", "sleeping", "large", "rows"])
-@pytest.mark.parametrize("to", ["master", "slave", "everybody"])
+@pytest.mark.parametrize(
+    ("doing", "to"),
+    [
+        ("nothing", "slave"), ("python", "slave"), ("python", "everybody"), ("sleeping", "master"), ("large", "master"),
+        ("large", "everybody"), ("rows", "slave"), ("rows", "everybody"),
+    ],
+)  # fmt: skip
 def test_interrupt(launch, doing, to):
     """The signal goes to processes of the run, and they end it; nobody else needs to."""
     one = launch(2, "interrupted.py", doing, "uncaught")
@@ -147,8 +151,10 @@ def test_interrupt(launch, doing, to):
     assert "JobError" not in ended.err
 
 
-@pytest.mark.parametrize("to", ["master", "everybody"])
-@pytest.mark.parametrize("doing", ["nothing", "python", "large", "rows"])
+@pytest.mark.parametrize(
+    ("doing", "to"),
+    [("nothing", "everybody"), ("python", "master"), ("large", "master"), ("large", "everybody"), ("rows", "everybody")],
+)
 def test_interrupt_that_is_caught(launch, doing, to):
     """The run has ended cleanly: the next one works."""
     one = launch(4, "interrupted.py", doing, "caught")
@@ -175,7 +181,7 @@ def test_interrupt_of_mpiexec(launch, size, to):
 @pytest.mark.parametrize("by", ["Ctrl-C", "a handler that raises"])
 def test_interrupt_at_any_time(launch, size, by):
     """Whatever the ranks are doing when the signals come, the run ends on all of them, and the next one works."""
-    rounds = 100
+    rounds = 60
     one = launch(size, "interrupted_at_any_time.py", rounds, by)
     ended = one.wait(30)
     assert (ended.code, ended.err) == (0, "")

@@ -1,7 +1,7 @@
 """What the MPI tests share.
 
-The rule they keep: every rank executes the same runs and the same assertions, on what was gathered from all ranks. So a test that fails
-does so on all ranks at once, and none waits for another one.
+The rule they keep: every rank executes the same runs and the same assertions, on what was gathered from all ranks. So a test
+that fails does so on all ranks at once, and none waits for another one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 from mpi4py import MPI
 
 from jd_hpc import JobDispatcher, JobError
@@ -60,6 +61,13 @@ def error_of(dispatcher: JobDispatcher, comm: MPI.Intracomm) -> BaseException:
     expect_no_error(outcomes[1:])
     assert outcomes[0].error is not None, f"run() returned {outcomes[0].value!r}"
     return outcomes[0].error
+
+
+def error_alone(dispatcher: JobDispatcher, kind: type[BaseException]) -> BaseException:
+    """Run without a vm, and return what it raises."""
+    with pytest.raises(kind) as caught:
+        dispatcher.run()
+    return caught.value
 
 
 def expect_no_error(outcomes: Iterable[Outcome]) -> None:

@@ -8,7 +8,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from mpi_helpers import Sweep, error_of, everywhere, run, same, value_of
+from mpi_helpers import Sweep, error_alone, error_of, everywhere, run, same, value_of
 
 from jd_hpc import JobDispatcher, LocalMachine, MPIMachine, PayloadError
 
@@ -211,7 +211,7 @@ def test_debug(comm, debug):
         for i in range(7):
             assert sum(line.endswith(f"gets job {i}") for line in lines[0]) == (debug == 2)
             assert sum(line.endswith(f"answers job {i}") for line in lines[0]) == (debug == 2)
-        assert any("slave 1 has started" in line for line in lines[0])
+        assert any(" has started" in line for line in lines[0])  # a slave that comes late may find the run over
 
 
 class Watched(Sweep):
@@ -387,7 +387,7 @@ def test_next_jobs_gave_more_than_asked_for(comm, numeric):
             return [1.0] * (count + 1)
 
     for vm in (None, comm):
-        error = error_of(TooMany([], vm), comm) if vm else pytest.raises(PayloadError, TooMany([]).run).value
+        error = error_of(TooMany([], vm), comm) if vm else error_alone(TooMany([]), PayloadError)
         assert isinstance(error, PayloadError)
         assert "return at most as many as asked for" in str(error)
 
@@ -514,7 +514,7 @@ def test_local_machine(comm):
 def test_same_values_as_a_local_run(comm):
     class Numbers(Sweep):
         job_dtype = ("f8", 4)
-        result_dtype = [("norm", "f8"), ("order", "i4", 4)]
+        result_dtype = np.dtype([("norm", "f8"), ("order", "i4", 4)])
 
         def process_job(self, job):
             return np.linalg.norm(job), np.argsort(job).astype("i4")

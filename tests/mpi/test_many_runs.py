@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -166,7 +166,7 @@ def test_empty_runs(comm):
 
 def test_runs_leave_no_files_open(comm):
     def count():
-        return len(os.listdir("/proc/self/fd"))
+        return len(list(Path("/proc/self/fd").iterdir()))
 
     for i in range(40):
         if i == 5:

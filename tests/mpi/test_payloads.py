@@ -67,7 +67,8 @@ class Bytes(Sweep):
 
 @pytest.mark.parametrize("credit", [1, 6])
 def test_objects_of_every_size(comm, credit):
-    jobs = [(i, n, bytes(m)) for i, (n, m) in enumerate([*zip(SIZES, reversed(SIZES), strict=True), *((n, n) for n in range(1840, 1960))])]
+    lengths = [*zip(SIZES, reversed(SIZES), strict=True), *((n, n) for n in range(1840, 1960))]
+    jobs = [(i, n, bytes(m)) for i, (n, m) in enumerate(lengths)]
     dispatcher = Bytes(jobs, comm, credit=credit)
     outcomes = run(dispatcher, comm)
     with everywhere(comm):

@@ -4,16 +4,16 @@ import numpy as np
 from mpi4py import MPI
 from script_helpers import RANK, Squares, say
 
+kept = []
+
 
 class Keeps(Squares):
-    kept = []
-
     def process_job(self, job):
-        self.kept.append(job)
+        kept.append(job)
         return np.full(50_000, job)
 
     def process_result(self, index, job, result):
-        self.kept.append((job, result))
+        kept.append((job, result))
 
 
 comm = MPI.COMM_WORLD.Dup()
@@ -21,4 +21,4 @@ dispatchers = [Keeps(MPI.COMM_WORLD), Keeps(comm), Keeps(comm.Dup())]
 for dispatcher in dispatchers:
     dispatcher.run()
 if RANK == 0:
-    say("kept", len(Keeps.kept))
+    say("kept", len(kept))
