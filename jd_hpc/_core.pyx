@@ -29,7 +29,6 @@ import numpy as np
 from jd_hpc._batch import kernel_failures
 from jd_hpc.errors import Failure, JobError, MPIError, PayloadError, ProtocolError, RanksDisagreeError, SlaveError
 from jd_hpc.payload import block_length, check_finite, pack, pack_into, unpack
-from jd_hpc.wire import padded_bytes
 
 cnp.import_array()
 
@@ -55,6 +54,7 @@ cdef enum:
     SLEEP_FIRST_NS = 1_000
     SLEEP_MOST_NS = 500_000
     SIGNAL_CHECK_NS = 4_000_000
+    GIVE_UP_AFTER = 3
     POLLS_PER_CLOCK = 64
     POLLS_PER_SWEEP = 256
     # rows up to this size are copied out for the single hooks: keeping one must not keep a whole message
@@ -80,6 +80,13 @@ cdef int check(int code) except -1 nogil:
     with gil:
         raise_mpi_error(code)
     return -1
+
+
+cdef int64_t padded_bytes(int64_t body_bytes) noexcept nogil:
+    """wire.padded_bytes in C: a signal handler may run in any Python function, and none may between a header and its body."""
+    if body_bytes < UNIT_FROM_BYTES:
+        return body_bytes
+    return (body_bytes + UNIT_BYTES - 1) // UNIT_BYTES * UNIT_BYTES
 
 
 cdef int64_t coarse_ns() noexcept nogil:
@@ -129,6 +136,8 @@ cdef class Link:
     cdef int64_t busy_polls
     cdef int64_t pause_ns
     cdef int64_t looked_ns              # when Python's signal handlers last had their turn
+    cdef object held                    # what a signal handler raised while ranks parted
+    cdef int held_count
     cdef readonly bint parting          # from the end of the loop to the goodbye: signals.py lets a Ctrl-C wait
 
     def __cinit__(self, uintptr_t handle, int64_t run, uint32_t[::1] body_turn, *args):
@@ -353,7 +362,26 @@ cdef class Link:
             return 0
         self.looked_ns = now
         with gil:
-            PyErr_CheckSignals()
+            try:
+                PyErr_CheckSignals()
+            except BaseException as error:
+                self.hold(error)
+        return 0
+
+    cdef int hold(self, object error) except -1:
+        """While ranks part, what a signal handler raises waits until they have; after the third the user will not wait."""
+        self.held_count += 1
+        if not self.parting or self.held_count == GIVE_UP_AFTER:
+            raise error
+        if self.held is None:
+            self.held = error
+        return 0
+
+    cdef int release_held(self) except -1:
+        """The ranks have parted."""
+        self.parting = False
+        if self.held is not None:
+            raise self.held
         return 0
 
     cdef int unpost(self) except -1:

@@ -195,7 +195,7 @@ cdef class JobSender(Link):
         try:
             buffer = self.packed(objects, "what next_job returned", self.payload_limit)
         except PayloadError as error:
-            error.add_note(f"This was job {self.next_index}, or one of the {len(objects)} from there on.")
+            error.add_note(f"This was job {self.next_index}" + (f", or one of the {len(objects)} from there on." if len(objects) > 1 else "."))
             raise
         self.set_slot(slot, buffer)
         self.slot_jobs[slot] = objects
@@ -217,10 +217,11 @@ cdef class JobSender(Link):
             raise ProtocolError("cannot submit " + self.scheduler.describe(slot))
         return 0
 
-    cdef int clear_slots(self) except -1:
-        """Let go of the slots: whoever has not received a job by now never will."""
+    cdef bint all_sent(self) except -1 nogil:
+        """Whether no slot is being sent any more."""
         cdef int slot
-        for slot in range(self.scheduler.batch_count if self.scheduler is not None else 0):
-            if not self.is_sent(&self.slots[slot]):
-                self.set_aside(slot)
-        return 0
+        if self.scheduler is not None:
+            for slot in range(self.scheduler.batch_count):
+                if not self.is_sent(&self.slots[slot]):
+                    return False
+        return True

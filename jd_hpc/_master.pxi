@@ -428,7 +428,6 @@ cdef class Master(JobSender):
             with nogil:
                 while not self.is_over(stops):
                     self.rest(self.take_in() or (self.body_count > 0 and self.take_bodies()))
-            self.clear_slots()
             self.unpost()
         except BaseException:
             # The user will not wait: MPI may still write to and read from all of these.
@@ -437,6 +436,7 @@ cdef class Master(JobSender):
         finally:
             self.parting = False
             free(stops)
+        self.release_held()
 
     cdef bint is_over(self, Outgoing *stops) except -1 nogil:
         """Whether every rank was told and has left, and nothing is on its way."""
@@ -444,7 +444,7 @@ cdef class Master(JobSender):
         for rank in range(1, self.size):
             if not self.said_bye[rank] or not self.is_sent(&stops[rank]):
                 return False
-        return self.body_count == 0
+        return self.body_count == 0 and self.all_sent()
 
 
 cdef object pick(object batch, list good, int count):

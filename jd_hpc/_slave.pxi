@@ -299,17 +299,26 @@ cdef class Slave(Link):
 
     def leave(self):
         """Say goodbye: all results have gone out, and every body that was announced has come in."""
-        cdef int k
-        cdef bint done = False
         self.parting = True
-        while not done:
-            done = not self.take_in()
-            while self.finished_body() >= 0:
-                self.take_body(self.finished_body())
-            done = done and self.body_count == 0
-            for k in range(self.out_count):
-                done = self.is_sent(&self.outs[k]) and done
-            self.rest(False)
+        with nogil:
+            while not self.is_clear():
+                self.rest(False)
         self.unpost()  # first: what the master says after the goodbye belongs to the next run
         self.say(KIND_BYE, None)
-        self.parting = False
+        self.release_held()
+
+    cdef bint is_clear(self) except -1 nogil:
+        """Whether nothing is on its way, neither in nor out."""
+        cdef int i
+        if self.take_in():
+            return False
+        if self.body_count > 0:
+            i = self.finished_body()
+            if i >= 0:
+                with gil:
+                    self.take_body(i)
+            return False
+        for i in range(self.out_count):
+            if not self.is_sent(&self.outs[i]):
+                return False
+        return True
