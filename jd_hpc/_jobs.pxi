@@ -195,7 +195,8 @@ cdef class JobSender(Link):
         try:
             buffer = self.packed(objects, "what next_job returned", self.payload_limit)
         except PayloadError as error:
-            error.add_note(f"This was job {self.next_index}" + (f", or one of the {len(objects)} from there on." if len(objects) > 1 else "."))
+            more = f", or one of the {len(objects)} from there on" if len(objects) > 1 else ""
+            error.add_note(f"This was job {self.next_index}{more}.")
             raise
         self.set_slot(slot, buffer)
         self.slot_jobs[slot] = objects

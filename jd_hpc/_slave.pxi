@@ -103,7 +103,7 @@ cdef class Slave(Link):
         return True
 
     cdef bint look(self) except -1 nogil:
-        """Take in one message if there is nothing to do. If time has passed, all there are: a stop is seen before the next batch."""
+        """Take in a message if there is nothing to do. If time has passed, all there are: a stop is seen before the next batch."""
         cdef bint moved = False
         cdef int64_t now = coarse_ns()
         if now != self.looked_in_ns:

@@ -146,9 +146,8 @@ def _cffi_address(value: Any, is_kernel: bool) -> int:
 def _data_address(user_data: Any) -> int:
     if user_data is None:
         return 0
-    if isinstance(user_data, int):
-        if 0 <= user_data < 1 << 64:
-            return user_data
+    if isinstance(user_data, int) and 0 <= user_data < 1 << 64:
+        return user_data
     if isinstance(user_data, ctypes.c_void_p):
         return user_data.value or 0
     if isinstance(user_data, (ctypes._Pointer, ctypes.Array)):

@@ -4,6 +4,7 @@ import atexit
 import faulthandler
 import os
 import sys
+import traceback
 from pathlib import Path
 
 from mpi4py import MPI
@@ -12,6 +13,14 @@ from jd_hpc import JobDispatcher
 
 faulthandler.dump_traceback_later(25, exit=True)  # a rank that hangs says where
 RANK = MPI.COMM_WORLD.rank
+
+
+def print_in_one_write(*error):
+    """Print an exception as Python does, but whole: two ranks' lines must not mix."""
+    os.write(2, "".join(traceback.format_exception(*error)).encode())
+
+
+sys.excepthook = print_in_one_write
 
 
 def note(name, text):
@@ -54,8 +63,7 @@ class Squares(JobDispatcher):
 
 def say(*words):
     """Print one line, in one write: the ranks share the terminal."""
-    sys.stdout.write(" ".join(map(str, words)) + "\n")
-    sys.stdout.flush()
+    os.write(1, (" ".join(map(str, words)) + "\n").encode())
 
 
 def note_pid():
