@@ -112,7 +112,10 @@ class JobDispatcher:
 
     def process_failure(self, index: int, job: Any, error: JobError) -> None:
         """Master: job number `index` failed; `error` has the traceback of the slave. The default ends the run and raises it."""
-        raise error
+        try:
+            raise error
+        finally:
+            del job, error  # the traceback holds this frame, and the frame should hold neither the job nor the traceback
 
     def postprocess(self) -> Any:
         """Master, after the last result: what it returns is what `run()` returns there."""

@@ -28,7 +28,8 @@ OF_A_LAUNCHER = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "HYDI_", "HYDRA_", "MPI_LO
 
 def environment(**settings: str) -> dict[str, str]:
     """Return the environment of a process that no mpiexec started."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith(OF_A_LAUNCHER)}
+    # and no coverage: its locks do not survive the signals that these tests send at any time
+    env = {name: value for name, value in os.environ.items() if not name.startswith((*OF_A_LAUNCHER, "COVERAGE_"))}
     env.update({name: "1" for name in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM") if os.geteuid() == 0})
     env["PRTE_MCA_rmaps_default_mapping_policy"] = ":oversubscribe"
     env["PYTHONUNBUFFERED"] = "1"

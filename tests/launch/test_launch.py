@@ -19,8 +19,8 @@ def test_success(launch, size):
 
 
 def test_success_with_rows_on_one_rank(launch):
-    for size in (0, 1):
-        ended = launch(size, "ways_to_end.py", "well", "rows").wait()
+    for one in [launch(size, "ways_to_end.py", "well", "rows") for size in (0, 1)]:
+        ended = one.wait()
         assert (ended.code, ended.err) == (0, "")
         assert ended.out.startswith(ANSWER)
 
@@ -104,25 +104,23 @@ def test_a_local_run_imports_no_mpi(launch):
 
 def test_one_process_is_no_silent_singleton(launch):
     one = {"PMI_SIZE": "1", "OMPI_COMM_WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "1"}
-    for vm, settings in (("world", {}), ("machine", {}), ("world", one)):
-        ended = launch(0, "alone.py", vm, **settings).wait()
+    launches = [launch(0, "alone.py", vm, **settings) for vm, settings in (("world", {}), ("machine", {}), ("world", one))]
+    for ended in [started.wait() for started in launches]:
         assert (ended.code, ended.out) == (0, "answer 385\n")
 
 
-@pytest.mark.parametrize(
-    ("vm", "variable", "words"),
-    [
+def test_silent_singletons_are_refused(launch):
+    cases = [
         ("machine", "PMI_SIZE", ["MPICH's mpiexec"]),
         ("world", "OMPI_COMM_WORLD_SIZE", ["Open MPI's mpiexec"]),
         ("world", "SLURM_STEP_NUM_TASKS", ["srun", "--mpi=pmi2", "--mpi=pmix"]),
-    ],
-)
-def test_silent_singletons_are_refused(launch, vm, variable, words):
-    ended = launch(0, "alone.py", vm, **{variable: "4"}).wait()
-    assert ended.code != 0
-    assert ended.out == ""
-    for word in ["LaunchError: 4 processes were launched, but MPI sees only this one", "Cause: ", "Cure: ", *words]:
-        assert word in ended.err
+    ]
+    launches = [launch(0, "alone.py", vm, **{variable: "4"}) for vm, variable, _ in cases]
+    for (_, _, words), ended in zip(cases, [started.wait() for started in launches], strict=True):
+        assert ended.code != 0
+        assert ended.out == ""
+        for word in ["LaunchError: 4 processes were launched, but MPI sees only this one", "Cause: ", "Cure: ", *words]:
+            assert word in ended.err
 
 
 # ---- Ctrl-C ------------------------------------------------------------------------------------------------------------
@@ -131,8 +129,8 @@ def test_silent_singletons_are_refused(launch, vm, variable, words):
 @pytest.mark.parametrize(
     ("doing", "to"),
     [
-        ("nothing", "slave"), ("python", "slave"), ("python", "everybody"), ("sleeping", "master"), ("large", "master"),
-        ("large", "everybody"), ("rows", "slave"), ("rows", "everybody"),
+        ("nothing", "slave"), ("python", "everybody"), ("sleeping", "master"), ("large", "master"), ("large", "everybody"),
+        ("rows", "slave"), ("rows", "everybody"),
     ],
 )  # fmt: skip
 def test_interrupt(launch, doing, to):

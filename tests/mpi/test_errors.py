@@ -174,6 +174,31 @@ def test_a_block_fails_as_a_whole(comm):
     assert all(error.message == "ten" for error in failures.values())
 
 
+def test_large_failures(comm):
+    """Whatever the report of a failure would take, it arrives, and names the cause."""
+
+    class ManyAtOnce(Sweep):
+        job_dtype = result_dtype = "f8"
+
+        def process_jobs(self, jobs, results):
+            raise ValueError("y" * 1000)
+
+    class Carries(Sweep):
+        def process_job(self, job):
+            raise NeedsTwoError(np.zeros(10 << 20), 2)
+
+    begin = time.monotonic()
+    error = error_of(ManyAtOnce(range(100_000), comm, grain=100_000), comm)
+    assert isinstance(error, JobError), error
+    assert error.message == "y" * 1000
+    assert "in process_jobs" in error.remote_traceback
+    error = error_of(Carries([1], comm), comm)
+    assert isinstance(error, JobError), error
+    assert error.type_name == "NeedsTwoError"
+    assert comm.allgather(time.monotonic() - begin < 10) == [True] * comm.size
+    check_healthy(comm)
+
+
 @pytest.mark.parametrize("change", [lambda r: r.append(1), lambda r: r.pop(), lambda r: r.clear()], ids=["append", "pop", "clear"])
 def test_results_of_another_length(comm, change):
     class Resized(Tolerant):
@@ -1018,6 +1043,40 @@ def test_other_signals_reach_python(comm, pids):
     check_healthy(comm)
 
 
+def test_handlers_of_signals_stay(comm):
+    """Python's own handler is back after the run, and one that a hook put there is not taken away."""
+
+    def handler(number, frame):
+        pass
+
+    class Sets(Sweep):
+        def on_startup(self):
+            signal.signal(signal.SIGINT, handler)
+
+    class Fails(Sweep):
+        def process_job(self, job):
+            raise ValueError("fails")
+
+    with everywhere(comm):
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    value_of(Sweep(range(5), comm), comm)
+    error_of(Fails(range(5), comm), comm)
+    with everywhere(comm):
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    try:
+        signal.signal(signal.SIGINT, handler)
+        value_of(Sweep(range(5), comm), comm)
+        before = signal.getsignal(signal.SIGINT)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        value_of(Sets(range(5), comm), comm)
+        within = signal.getsignal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    with everywhere(comm):
+        assert before is handler
+        assert within is handler
+
+
 def test_failed_runs_leave_no_memory(comm):
     """What a failed run held is free again."""
 
@@ -1036,7 +1095,7 @@ def test_failed_runs_leave_no_memory(comm):
         error = error_of(Fails([np.full(1 << 17, j) for j in range(8)], comm), comm)
         assert isinstance(error, JobError)
         del error
-        if i == 20:  # malloc keeps a share of what was freed
+        if i == 60:  # malloc keeps a share of what was freed, which has stopped growing by now
             before = resident_bytes()
     with everywhere(comm):
-        assert resident_bytes() - before < 100 << 20  # of 99 runs that held 8 to 16 MB each
+        assert resident_bytes() - before < 60 << 20  # of 59 runs that held 8 to 16 MB each

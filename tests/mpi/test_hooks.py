@@ -504,6 +504,34 @@ def test_machine_tells_slots(comm):
     assert sorted(rank for ranks in hosts[0].values() for rank in ranks) == list(range(comm.size))
 
 
+@pytest.mark.parametrize("options", [{}, {"max_slaves": 0}, {"max_slaves": 1}], ids=str)
+def test_a_rank_that_waits_is_idle(comm, options):
+    """Slaves without jobs and a master without results do not burn their cores."""
+
+    class Waits(Sweep):
+        def on_startup(self):
+            self.used_s = time.process_time()
+
+        def next_job(self):
+            if self.at == 1:
+                time.sleep(0.5)  # the slaves wait
+            return super().next_job()
+
+        def process_job(self, job):
+            time.sleep(0.5 * (job == 2))  # the master waits
+
+        def process_result(self, index, job, result):
+            pass
+
+        def on_shutdown(self):
+            self.used_s = time.process_time() - self.used_s
+
+    dispatcher = Waits(range(3), comm, credit=1, **options)
+    value_of(dispatcher, comm)
+    used_s = comm.allgather(dispatcher.used_s)
+    assert max(used_s) < 0.35, used_s  # of 1.0 s
+
+
 def test_local_machine(comm):
     machine = LocalMachine()
     assert (machine.is_master, machine.rank, machine.size, machine.slots, machine.free_slots) == (True, 0, 1, 1, 1)
