@@ -38,7 +38,9 @@ cdef class Master(JobSender):
     cdef list early_in                  # what came in for this run while the last one ended
 
     def __cinit__(self, uintptr_t handle, int64_t run, uint32_t[::1] body_turn, list early):
-        self.early_in = early
+        self.early_in = early[:]
+        early.clear()
+        self.early = early  # the channel's list: what comes early in this run is there for the next one, however this one ends
         self.said_bye = <int *> calloc(self.size, sizeof(int))
         if self.said_bye == NULL:
             raise MemoryError()

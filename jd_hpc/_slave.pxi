@@ -239,7 +239,8 @@ cdef class Slave(Link):
         """Send the results that there are, and behind them what became of the others."""
         cdef char *results = self.outs[k].data
         cdef int64_t result_bytes = (<Header *> results).body_bytes
-        cdef list told = [(at, Failure.of(error)) for at, error in failures]
+        cdef dict reports = {id(error): Failure.of(error) for error in {id(error): error for _, error in failures}.values()}
+        cdef list told = [(at, reports[id(error)]) for at, error in failures]  # pickle sends one that stands there twice only once
         cdef Buffer out = self.packed(told, "the failures of a batch", REPORT_LIMIT_BYTES, result_bytes)
         memcpy(out.data + HEADER_BYTES, results + HEADER_BYTES, result_bytes)
         cdef int64_t total = (<Header *> out.data).body_bytes

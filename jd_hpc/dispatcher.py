@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from jd_hpc import local
 from jd_hpc.errors import JobError
-from jd_hpc.machine import Channel, LocalMachine, MPIMachine, as_machine, load_core
+from jd_hpc.machine import LocalMachine, MPIMachine, as_machine, load_core
 from jd_hpc.plan import Hook, Plan
 from jd_hpc.signals import Interrupts
 
@@ -189,7 +189,7 @@ class JobDispatcher:
         if machine.is_master:
             master = core.Master(channel.handle, channel.next_run(), channel.body_turn, channel.early)
             with Interrupts(master):
-                return self._run_master(machine, channel, master)
+                return self._run_master(machine, master)
         slave = core.Slave(channel.handle, channel.next_run(), channel.body_turn)
         with Interrupts(slave):
             return self._run_slave(slave)
@@ -205,7 +205,7 @@ class JobDispatcher:
         finally:
             self.on_shutdown()
 
-    def _run_master(self, machine: MPIMachine, channel: Channel, master: Any) -> Any:
+    def _run_master(self, machine: MPIMachine, master: Any) -> Any:
         usable = machine.size - 1 if self.max_slaves is None else min(self.max_slaves, machine.size - 1)
         alone = usable < max(1, self.min_slaves)
         self._log("run %d: %d slaves%s", master.run, usable, ", too few: the master evaluates the jobs" if alone else "")
@@ -219,7 +219,6 @@ class JobDispatcher:
             finally:  # the slaves leave the run first, whatever happened
                 machine.busy = None
                 master.stop()
-                channel.early = master.early
             self._log("run %d: %s", master.run, master.counters())
             return self.postprocess()
         finally:

@@ -39,6 +39,17 @@ class MPIError(JdError, RuntimeError):
     """An MPI call failed; the message is the one of MPI."""
 
 
+REPORT_PART_BYTES = 1 << 20
+"""A report of a failure is cut where it is longer: it must reach the master whatever the exception carries."""
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= REPORT_PART_BYTES:
+        return text
+    half = REPORT_PART_BYTES // 2
+    return f"{text[:half]}\n... {len(text) - 2 * half} characters left out ...\n{text[-half:]}"
+
+
 class Failure(NamedTuple):
     """What a slave tells the master about an exception; travels pickled."""
 
@@ -58,12 +69,15 @@ class Failure(NamedTuple):
             lines = "".join(traceback.format_exception(error))
         except Exception:
             lines = f"{type(error).__qualname__} (its traceback cannot be formatted)\n"
+        pickled: bytes | None
         try:
             pickled = pickle.dumps(error, 5)
             pickle.loads(pickled)
         except BaseException:
             pickled = None
-        return cls(type(error).__qualname__, text, lines, pickled)
+        if pickled is not None and len(pickled) > REPORT_PART_BYTES:
+            pickled = None
+        return cls(type(error).__qualname__, _shortened(text), _shortened(lines), pickled)
 
     def exception(self) -> BaseException | None:
         """Return the original exception, or None if it cannot be had here."""

@@ -42,7 +42,7 @@ class Interrupts:
         raise KeyboardInterrupt
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._ours:
+        if self._ours and signal.getsignal(signal.SIGINT) == self._handle:  # a hook may have put its own there
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self._held and kind is None:
+        if self._held and not isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mpi_helpers import (
+    BigObjects,
     Endless,
     Sweep,
     Tolerant,
@@ -1015,6 +1016,34 @@ def test_interrupt_of_all_ranks_at_once(comm, pids):
             heard = True
         assert comm.allgather(heard) == [True] * comm.size
         check_healthy(comm)
+
+
+def test_interrupt_of_a_master_that_waits_for_the_last_slave(comm, pids):
+    """It waits until all have left; what came in for the next run meanwhile, from slaves that are ahead, is not lost."""
+
+    class Uneven(Sweep):
+        def process_job(self, job):
+            if self.machine.rank == 1:
+                time.sleep(0.05)
+                raise ValueError("ends the run")
+            time.sleep(0.2)
+            os.kill(pids[0], signal.SIGINT)
+            time.sleep(0.2)
+
+    for _ in range(3):
+        first, second = Uneven(range(40), comm, credit=1), BigObjects([np.arange(2000)] * 9, comm)
+        raised = None
+        try:
+            first.run()
+        except (KeyboardInterrupt, JobError) as error:
+            raised = error
+        results = second.run()  # until here nothing held back slave 1
+        with everywhere(comm):
+            assert isinstance(raised, KeyboardInterrupt if comm.size != 2 else JobError) == (comm.rank == 0)
+            if comm.rank == 0:
+                assert all(same(result["twice"], 2 * np.arange(2000)) for result in results[0].values())
+                assert len(results[0]) == 9
+    check_healthy(comm)
 
 
 def test_other_signals_reach_python(comm, pids):
