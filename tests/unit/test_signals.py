@@ -52,10 +52,11 @@ def test_an_interrupt_waits_while_ranks_part(link):
 
 
 def test_one_that_waited_does_not_hide_another_error(link):
-    with pytest.raises(ZeroDivisionError), Interrupts(link):
+    with pytest.raises(KeyboardInterrupt) as caught, Interrupts(link):
         link.parting = True
         interrupt()
         raise ZeroDivisionError
+    assert isinstance(caught.value.__context__, ZeroDivisionError)
     assert is_restored()
 
 
