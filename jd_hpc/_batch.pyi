@@ -4,10 +4,12 @@ from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import disjoint_base
 
 from jd_hpc.errors import KernelError
 from jd_hpc.kernel import Kernel
 
+@disjoint_base
 class Rows:
     dtype: np.dtype[Any]
     base: np.dtype[Any]
@@ -24,6 +26,7 @@ class Buffer:
     def __init__(self, size: int, codec: Rows | None = None, offset: int = 0, writeable: bool = False) -> None: ...
     def kept(self) -> bool: ...
 
+@disjoint_base
 class Evaluator:
     kernel: Kernel | None
     def __init__(

@@ -1,12 +1,14 @@
 # The compiled core: one stub for all families; the module is installed as _core_<family>.
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import disjoint_base
 
 from jd_hpc.plan import Plan
 from jd_hpc.scheduler import Scheduler
 
+@disjoint_base
 class Link:
     rank: int
     size: int
@@ -15,20 +17,22 @@ class Link:
     early: list[tuple[int, bytes]]
     parting: bool
 
+@disjoint_base
 class Slave(Link):
-    def __init__(self, handle: int, run: int, body_turn: NDArray[np.uint32]) -> None: ...
+    def __new__(cls, handle: int, run: int, body_turn: NDArray[np.uint32]) -> Self: ...
     def begin(self, plan: Plan | None = None) -> None: ...
     def ready(self, facts: dict[str, str]) -> None: ...
     def serve(self) -> None: ...
     def report(self, error: BaseException) -> None: ...
     def leave(self) -> None: ...
 
+@disjoint_base
 class Master(Link):
     scheduler: Scheduler
     slave_count: int
-    def __init__(
-        self, handle: int, run: int, body_turn: NDArray[np.uint32], early: list[tuple[int, bytes]]
-    ) -> None: ...
+    def __new__(
+        cls, handle: int, run: int, body_turn: NDArray[np.uint32], early: list[tuple[int, bytes]]
+    ) -> Self: ...
     def begin(self, plan: Plan | None, slave_count: int) -> None: ...
     def run_jobs(self) -> None: ...
     def busy_slaves(self) -> int: ...
