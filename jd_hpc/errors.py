@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import traceback
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -78,6 +79,17 @@ class Failure(NamedTuple):
         if pickled is not None and len(pickled) > REPORT_PART_BYTES:
             pickled = None
         return cls(type(error).__qualname__, _shortened(text), _shortened(lines), pickled)
+
+    @classmethod
+    def of_all(cls, failures: Iterable[tuple[int, BaseException]]) -> dict[int, Failure]:
+        """Describe the failures of a batch, given as (offset, exception); one that failed many jobs is described once."""
+        reports: dict[int, Failure] = {}
+        told = {}
+        for at, error in failures:
+            if id(error) not in reports:
+                reports[id(error)] = cls.of(error)
+            told[at] = reports[id(error)]
+        return told
 
     def exception(self) -> BaseException | None:
         """Return the original exception, or None if it cannot be had here."""

@@ -36,7 +36,7 @@ def run_jobs(plan: Plan) -> int:
             objects = [None] * count
         else:
             out = Buffer(count * plan.result_rows.row_bytes, plan.result_rows, 0, True)
-        failures = {at: Failure.of(error) for at, error in evaluator.evaluate(jobs, count, out, objects)}
+        failures = Failure.of_all(evaluator.evaluate(jobs, count, out, objects))
         results = objects if out is None else _read_only(out.rows.copy() if out.kept() else out.rows)
         _deliver(plan, first, jobs, results, failures)
         first += count
