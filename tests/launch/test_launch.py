@@ -7,6 +7,7 @@ import signal
 import time
 
 import pytest
+from launch_helpers import WRONG_WAYS
 
 ANSWER = "answer 100 328350"
 
@@ -25,23 +26,9 @@ def test_success_with_rows_on_one_rank(launch):
         assert ended.out.startswith(ANSWER)
 
 
-@pytest.mark.parametrize(
-    ("way", "words"),
-    [
-        ("job error", ["JobError: job 10 failed on slave ", "Traceback there:", "ValueError: ten is too much", "in process_job"]),
-        ("job exits", ["JobError: job 10 failed on slave ", "SystemExit: 0"]),
-        ("bad result", ["JobError: job 10 failed on slave ", "cannot be pickled", "make it plain data"]),
-        ("bad job", ["PayloadError: what next_job returned cannot be pickled", "This was job 10"]),
-        ("hook error", ["OSError: disk full", "in process_result"]),
-        ("no good end", ["OSError: cannot write the report"]),
-        ("master cannot start", ["OSError: no licence for the master"]),
-        ("slave cannot start", ["SlaveError: slave 1 failed outside a job: OSError: no licence for this slave", "in on_startup"]),
-        ("slave's dtype is invalid", ["SlaveError: slave 1", "no numpy dtype"]),
-        ("ranks disagree", ["RanksDisagreeError: slave 1 and the master disagree: grain is 2 there and 1 here"]),
-    ],
-)
-def test_errors(launch, way, words):
-    ended = launch(2, "ways_to_end.py", way).wait()
+@pytest.mark.parametrize("way", WRONG_WAYS)
+def test_errors(wrong_ways, way):
+    ended, words = wrong_ways[way], WRONG_WAYS[way]
     assert ended.code != 0
     assert "answer" not in ended.out
     for word in words:
