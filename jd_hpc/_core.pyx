@@ -13,10 +13,11 @@ The rules it keeps:
 One C source serves every MPI family: setup.py names the module _core_<family>; machine.py loads the one that fits mpi4py's MPI.
 """
 from cpython.exc cimport PyErr_CheckSignals
-from libc.stdint cimport int32_t, int64_t, uint32_t, uintptr_t
+from libc.stdint cimport int16_t, int32_t, int64_t, uint16_t, uint32_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memmove, memset
 from posix.time cimport clock_gettime, nanosleep, timespec
+cimport cython
 cimport numpy as cnp
 from mpi4py.libmpi cimport *
 
@@ -103,6 +104,7 @@ cdef int raise_mpi_error(int code) except -1:
     raise MPIError("MPI reports error %d: %s" % (code, text[:length].decode("utf-8", "replace")))
 
 
+# Final methods are called without a detour through the table of methods, and the small ones are inlined.
 cdef class Link:
     """What master and slave share: posted receives, bodies on their way, sends, and the pause of an idle rank."""
     cdef MPI_Comm comm
@@ -110,6 +112,7 @@ cdef class Link:
     cdef readonly int rank
     cdef readonly int size
     cdef readonly int64_t run
+    cdef uint16_t run_mark              # what stands for it in a header
     cdef int64_t payload_limit
     cdef readonly int64_t dropped       # messages that were not of this run, or none of ours
     cdef readonly list early            # messages of the next run, from a rank that is ahead: (source, bytes)
@@ -148,6 +151,7 @@ cdef class Link:
         check(MPI_Type_contiguous(UNIT_BYTES, MPI_BYTE, &self.unit))
         check(MPI_Type_commit(&self.unit))
         self.run = run
+        self.run_mark = <uint16_t> run
         self.payload_limit = UNIT_FROM_BYTES
         self.messages = []
         self.early = []
@@ -164,6 +168,7 @@ cdef class Link:
         if not finalized and self.unit != MPI_DATATYPE_NULL:
             MPI_Type_free(&self.unit)  # nobody is left to hear of an error
 
+    @cython.final
     cdef int post(self, int source, int posted, int body_limit, Rows rows) except -1:
         """Post the receives. `rows` is what inline payloads hold, or None."""
         cdef int i
@@ -186,12 +191,14 @@ cdef class Link:
             self.repost(i)
         return 0
 
+    @cython.final
     cdef int renew_message(self, int i) except -1:
         cdef Buffer buffer = Buffer(MESSAGE_BYTES, self.message_rows, HEADER_BYTES)
         self.messages[i] = buffer
         self.message_data[i] = buffer.data
         return 0
 
+    @cython.final
     cdef int repost(self, int i) except -1 nogil:
         cdef int tail = self.order_head + self.order_length
         self.order[tail if tail < self.posted else tail - self.posted] = i
@@ -199,6 +206,7 @@ cdef class Link:
         return check(MPI_Irecv(self.message_data[i], MESSAGE_BYTES, MPI_BYTE, self.source, TAG_MESSAGE, self.comm,
                                &self.receives[i]))
 
+    @cython.final
     cdef int poll(self) except -2 nogil:
         """Which receive holds a message that came in, or -1. The caller reposts it; `status` tells its source.
 
@@ -218,6 +226,7 @@ cdef class Link:
         self.empty_polls += 1
         return self.sweep() if self.empty_polls % POLLS_PER_SWEEP == 0 else -1
 
+    @cython.final
     cdef int sweep(self) except -2 nogil:
         """Test all receives, and take one that is complete out of the order."""
         cdef int k, i, found = -1, flag = 0, kept = 0, length = self.order_length
@@ -232,6 +241,7 @@ cdef class Link:
         self.order_length = kept
         return found
 
+    @cython.final
     cdef bint is_ours(self, int i) except -1 nogil:
         """Whether the message that came in to the i-th receive belongs to this run and is whole."""
         cdef int bytes_in = 0
@@ -240,9 +250,9 @@ cdef class Link:
         check(MPI_Get_count(&self.status, MPI_BYTE, &bytes_in))
         if bytes_in >= HEADER_BYTES and header.magic == MAGIC and header.body_bytes >= 0 \
                 and (header.body_bytes > INLINE_BYTES or bytes_in == HEADER_BYTES + header.body_bytes):
-            if header.run == self.run:
+            if header.run == self.run_mark:
                 return True
-            if header.run > self.run:
+            if <int16_t> (header.run - self.run_mark) > 0:
                 with gil:
                     self.early.append((self.status.MPI_SOURCE, data[:bytes_in]))
                 return False
@@ -251,12 +261,14 @@ cdef class Link:
 
     # ---- bodies --------------------------------------------------------------------------------------------------
 
+    @cython.final
     cdef int expect_body(self, Header *header, int source, Rows rows) except -1:
         """Receive a body that was announced, into a buffer of its own."""
         cdef Buffer buffer
         cdef int64_t wanted = padded_bytes(header.body_bytes)
         cdef int i = self.body_count
-        if header.body_bytes - header.failure_bytes > max(self.payload_limit, <int64_t> REPORT_LIMIT_BYTES):
+        if header.body_bytes > max(self.payload_limit, <int64_t> REPORT_LIMIT_BYTES) \
+                + (REPORT_LIMIT_BYTES if header.kind == KIND_FAILURES else 0):
             raise ProtocolError(f"rank {source} announces {header.body_bytes} bytes, over payload_limit = {self.payload_limit}")
         if i == self.body_limit:
             raise ProtocolError(f"rank {source} announces a body while {i} are on their way: more than all the credit given out")
@@ -270,6 +282,7 @@ cdef class Link:
         self.body_count += 1
         return 0
 
+    @cython.final
     cdef int transfer(self, char *data, int64_t body_bytes, int other, int tag, MPI_Request *request, bint out) noexcept nogil:
         """Isend or Irecv a body. From UNIT_FROM_BYTES on it is counted in units: the buffer is padded to whole ones."""
         cdef MPI_Datatype kind = MPI_BYTE
@@ -281,6 +294,7 @@ cdef class Link:
             return MPI_Isend(data, count, kind, other, tag, self.comm, request)
         return MPI_Irecv(data, count, kind, other, tag, self.comm, request)
 
+    @cython.final
     cdef int finished_body(self) except -2 nogil:
         """Which body is complete, or -1. The caller takes it out with `take_body`."""
         cdef int i, flag = 0
@@ -290,6 +304,7 @@ cdef class Link:
                 return i
         return -1
 
+    @cython.final
     cdef Buffer take_body(self, int i):
         """Take a complete body out of the table; the last one fills the gap."""
         cdef Buffer buffer = self.body_buffers[i]
@@ -301,11 +316,12 @@ cdef class Link:
 
     # ---- sends ---------------------------------------------------------------------------------------------------
 
+    @cython.final
     cdef int send(self, Outgoing *out, int dest) except -1 nogil:
         """Send what lies at `out.data`: a header (magic, run and tag are filled in here) and its payload."""
         cdef Header *header = <Header *> out.data
         header.magic = MAGIC
-        header.run = self.run
+        header.run = self.run_mark
         if header.body_bytes <= INLINE_BYTES:
             return check(MPI_Isend(out.data, HEADER_BYTES + <int> header.body_bytes, MPI_BYTE, dest, TAG_MESSAGE, self.comm,
                                    &out.head))
@@ -314,6 +330,7 @@ cdef class Link:
         check(MPI_Isend(out.data, HEADER_BYTES, MPI_BYTE, dest, TAG_MESSAGE, self.comm, &out.head))
         return check(self.transfer(out.data + HEADER_BYTES, header.body_bytes, dest, header.body_tag, &out.body, True))
 
+    @cython.final
     cdef bint is_sent(self, Outgoing *out) except -1 nogil:
         cdef int flag = 1
         if out.head != MPI_REQUEST_NULL:
@@ -322,20 +339,23 @@ cdef class Link:
             check(MPI_Test(&out.body, &flag, MPI_STATUS_IGNORE))
         return flag != 0
 
-    cdef Buffer packed(self, object value, str what, int64_t limit, int64_t room_before=0):
-        """A buffer with space for a header and `room_before` bytes, then `value` pickled into at most `limit` bytes."""
+    @cython.final
+    cdef Buffer packed(self, object value, str what, int64_t limit, int64_t room_before=0, int64_t room_behind=0):
+        """A buffer with space for a header and `room_before` bytes, then `value` pickled into at most `limit` bytes, then room."""
         frames, size = pack(value, what)
         if size > limit:
             raise PayloadError(f"{what} takes {size} bytes, over payload_limit = {limit}; split it, lower grain, or raise "
                                "payload_limit")
-        cdef Buffer buffer = Buffer(HEADER_BYTES + padded_bytes(room_before + size))
+        cdef int64_t body_bytes = room_before + size + room_behind
+        cdef Buffer buffer = Buffer(HEADER_BYTES + padded_bytes(body_bytes))
         memset(buffer.data, 0, HEADER_BYTES)
         pack_into(frames, buffer.memory[HEADER_BYTES + room_before:])
-        (<Header *> buffer.data).body_bytes = room_before + size
+        (<Header *> buffer.data).body_bytes = body_bytes
         return buffer
 
     # ---- pauses and the end ---------------------------------------------------------------------------------------
 
+    @cython.final
     cdef int rest(self, bint busy) except -1 nogil:
         """To be called once for every poll: pauses when there was nothing to do, and lets Python's signal handlers run."""
         cdef timespec pause
@@ -356,6 +376,7 @@ cdef class Link:
         self.pause_ns = min(2 * self.pause_ns, <int64_t> SLEEP_MOST_NS)
         return self.look_up(coarse_ns())
 
+    @cython.final
     cdef int look_up(self, int64_t now) except -1 nogil:
         """Every few ms Python's signal handlers have their turn, which is how Ctrl-C gets through."""
         if now - self.looked_ns < SIGNAL_CHECK_NS:
@@ -368,6 +389,7 @@ cdef class Link:
                 self.hold(error)
         return 0
 
+    @cython.final
     cdef int hold(self, object error) except -1:
         """While ranks part, what a signal handler raises waits until they have; after the third the user will not wait."""
         self.held_count += 1
@@ -377,6 +399,7 @@ cdef class Link:
             self.held = error
         return 0
 
+    @cython.final
     cdef int release_held(self) except -1:
         """The ranks have parted."""
         self.parting = False
@@ -384,6 +407,7 @@ cdef class Link:
             raise self.held
         return 0
 
+    @cython.final
     cdef int unpost(self) except -1:
         """Take back the receives. One may just have matched a message of the next run: that is kept."""
         cdef int i, cancelled = 0
@@ -405,8 +429,9 @@ def layout():
         "HEADER_BYTES": HEADER_BYTES, "MESSAGE_BYTES": MESSAGE_BYTES, "INLINE_BYTES": INLINE_BYTES, "MAGIC": MAGIC,
         "PROTOCOL": PROTOCOL, "TAG_MESSAGE": TAG_MESSAGE, "TAG_BODY": TAG_BODY, "TAG_BODY_COUNT": TAG_BODY_COUNT,
         "UNIT_BYTES": UNIT_BYTES, "UNIT_FROM_BYTES": UNIT_FROM_BYTES, "sizeof": sizeof(Header),
+        "FAILURE_LENGTH_BYTES": FAILURE_LENGTH_BYTES, "MOST_ATTEMPTS": MOST_ATTEMPTS,
         "KINDS": {"READY": KIND_READY, "JOBS": KIND_JOBS, "RESULTS": KIND_RESULTS, "STOP": KIND_STOP, "BYE": KIND_BYE,
-                  "INTERRUPT": KIND_INTERRUPT, "ERROR": KIND_ERROR},
+                  "INTERRUPT": KIND_INTERRUPT, "ERROR": KIND_ERROR, "FAILURES": KIND_FAILURES},
     }
 
 

@@ -20,12 +20,14 @@ cdef class JobSender(Link):
     cdef int64_t next_index             # number of the next job
     cdef bint exhausted                 # the user has no job now; asked again once results were delivered
     cdef Outgoing *slots                # what the ledger's batches are made of
-    cdef list slot_buffers
+    cdef Buffer slab                    # the slots' memory, where a batch of rows fits into a message; else each has its own
+    cdef list slot_buffers              # what a slot has of its own
     cdef list slot_jobs                 # the objects, where jobs are objects
 
     def __dealloc__(self):
         free(self.slots)
 
+    @cython.final
     cdef int lay_out_slots(self) except -1:
         cdef int slot, count = self.scheduler.batch_count
         self.slots = <Outgoing *> calloc(count, sizeof(Outgoing))
@@ -35,12 +37,23 @@ cdef class JobSender(Link):
         self.slot_jobs = [None] * count
         for slot in range(count):
             self.slots[slot].head = self.slots[slot].body = MPI_REQUEST_NULL
+        if self.job_rows is not None and self.grain * self.job_rows.row_bytes <= INLINE_BYTES:
+            self.slab = Buffer(count * self.slot_stride())
+            for slot in range(count):
+                self.slots[slot].data = self.slab.data + slot * self.slot_stride()
         return 0
 
+    @cython.final
+    cdef int64_t slot_stride(self) noexcept nogil:
+        """Whole cache lines."""
+        return (HEADER_BYTES + self.grain * self.job_rows.row_bytes + 63) // 64 * 64
+
+    @cython.final
     cdef bint is_alone(self) noexcept nogil:
         """Whether so few slaves are left that the master does the work."""
         return self.scheduler.up_count + self.scheduler.absent_count < self.local_below
 
+    @cython.final
     cdef int room(self) noexcept nogil:
         """How many batches the user may be asked for now."""
         cdef int waiting = self.scheduler.waiting_count
@@ -50,14 +63,13 @@ cdef class JobSender(Link):
             return 0
         return min(self.scheduler.free_credit + self.read_ahead - waiting, self.scheduler.batch_count - self.scheduler.open_count)
 
+    @cython.final
     cdef bint hand_out(self) except -1 nogil:
         """Send what waits to whoever is ready."""
         cdef int slot, slave
         cdef bint moved = False
-        while True:
+        while self.scheduler.waiting_count > 0 and self.scheduler.ready_count > 0:
             slot = self.scheduler.assign()
-            if slot < 0:
-                return moved
             moved = True
             slave = self.scheduler.holder(slot)
             if self.scheduler.attempt(slot) > 0:
@@ -68,13 +80,16 @@ cdef class JobSender(Link):
             if self.tells_sent:
                 with gil:
                     self.tell_sent(slot, slave)
+        return moved
 
+    @cython.final
     cdef int tell_sent(self, int slot, int slave) except -1:
         cdef int64_t first = self.scheduler.first(slot)
         for index in range(first, first + self.scheduler.jobs(slot)):
             self.plan.on_job_sent(slave, index)
         return 0
 
+    @cython.final
     cdef int fetch(self) except -1:
         """Ask the user for jobs, as many as can be given out now."""
         cdef int count
@@ -90,11 +105,11 @@ cdef class JobSender(Link):
                 self.fetch_singly()
         return 0
 
+    @cython.final
     cdef int fetch_singly(self) except -1:
         """Fill one batch by next_job, and send it if a slave is free."""
         cdef int slot = self.open_slot(), count = 0
         cdef object value
-        cdef Buffer buffer = self.slot_buffers[slot]
         cdef list objects = []
         while count < self.grain:
             value = self.plan.next_job()
@@ -105,7 +120,8 @@ cdef class JobSender(Link):
                 objects.append(value)
             else:
                 try:
-                    self.job_rows.put(buffer.data + HEADER_BYTES + count * self.job_rows.row_bytes, value, "what next_job returned")
+                    self.job_rows.put(self.slots[slot].data + HEADER_BYTES + count * self.job_rows.row_bytes, value,
+                                      "what next_job returned")
                 except PayloadError as error:
                     error.add_note(f"This was job {self.next_index + count}.")
                     raise
@@ -116,13 +132,14 @@ cdef class JobSender(Link):
         if self.job_rows is None:
             self.pack_slot(slot, objects)
         elif not self.allow_nan:
-            check_finite(buffer.rows[:count], "what next_job returned")
+            check_finite(self.jobs_of(slot, count), "what next_job returned")
         self.submit(slot, count)
         if not self.is_alone():
             with nogil:
                 self.hand_out()
         return 0
 
+    @cython.final
     cdef int fetch_block(self, int count) except -1:
         """Take a block of jobs from next_jobs and cut it into batches."""
         cdef int64_t at, length, most = <int64_t> count * self.grain
@@ -149,47 +166,71 @@ cdef class JobSender(Link):
             self.submit(slot, n)
         return 0
 
+    @cython.final
     cdef int open_slot(self) except -1:
-        """A free slot of the ledger, with a buffer that nobody else holds."""
+        """A free slot of the ledger, with memory that nobody else holds."""
         cdef int slot = self.scheduler.open()
         cdef Buffer buffer
         if slot < 0:
             raise ProtocolError(f"no slot is free: {self.scheduler.open_count} of {self.scheduler.batch_count} are open")
-        buffer = self.slot_buffers[slot]
         if not self.is_sent(&self.slots[slot]):
             self.set_aside(slot)
-        elif buffer is not None and not buffer.kept():
+        elif self.slab is not None:
             return slot
+        else:
+            buffer = self.slot_buffers[slot]
+            if buffer is not None and not buffer.kept():
+                return slot
         if self.job_rows is not None:
-            buffer = Buffer(HEADER_BYTES + padded_bytes(self.grain * self.job_rows.row_bytes), self.job_rows, HEADER_BYTES)
-            self.set_slot(slot, buffer)
+            self.set_slot(slot, self.fresh_buffer())
         return slot
 
+    @cython.final
+    cdef Buffer fresh_buffer(self):
+        return Buffer(HEADER_BYTES + padded_bytes(self.grain * self.job_rows.row_bytes), self.job_rows, HEADER_BYTES)
+
+    @cython.final
     cdef int set_slot(self, int slot, Buffer buffer) except -1:
         self.slot_buffers[slot] = buffer
         self.slots[slot].data = buffer.data
         return 0
 
+    @cython.final
+    cdef object jobs_of(self, int slot, int count):
+        """The jobs of a batch, for a hook: rows or a list of objects."""
+        cdef Buffer buffer
+        if self.job_rows is None:
+            return self.slot_jobs[slot]
+        buffer = self.slot_buffers[slot]
+        if buffer is None:  # in the slab, which the hook must not keep
+            buffer = self.fresh_buffer()
+            memcpy(buffer.data, self.slots[slot].data, HEADER_BYTES + count * self.job_rows.row_bytes)
+        return buffer.rows[:count]
+
+    @cython.final
     cdef int set_aside(self, int slot) except -1:
-        """A send that does not complete keeps its buffer until the end: whoever it was for is gone."""
+        """A send that does not complete keeps its memory until the end: whoever it was for is gone."""
         cdef Outgoing *out = &self.slots[slot]
-        aside.append(self.slot_buffers[slot])
+        aside.append(self.slot_buffers[slot] or self.slab)
         if out.head != MPI_REQUEST_NULL:
             check(MPI_Request_free(&out.head))
         if out.body != MPI_REQUEST_NULL:
             check(MPI_Request_free(&out.body))
         return 0
 
+    @cython.final
     cdef int renew_slot(self, int slot) except -1:
-        """Before a batch is sent again: nothing else can be sent from a buffer whose send is not complete."""
+        """Before a batch is sent again: nothing else can be sent from memory whose send is not complete."""
         cdef Buffer old = self.slot_buffers[slot], fresh
+        cdef char *data = self.slots[slot].data
         if self.is_sent(&self.slots[slot]):
             return 0
         self.set_aside(slot)
-        fresh = old.like()
-        memcpy(fresh.data, old.data, old.size)
+        fresh = self.fresh_buffer() if old is None else old.like()
+        memcpy(fresh.data, data, HEADER_BYTES + (<Header *> data).body_bytes)
         return self.set_slot(slot, fresh)
 
+    @cython.final
     cdef int pack_slot(self, int slot, list objects) except -1:
         cdef Buffer buffer
         try:
@@ -202,6 +243,7 @@ cdef class JobSender(Link):
         self.slot_jobs[slot] = objects
         return 0
 
+    @cython.final
     cdef int submit(self, int slot, int count) except -1:
         """Number the jobs of a slot that is filled, and let it wait for a slave."""
         cdef Header *header = <Header *> self.slots[slot].data
@@ -210,7 +252,6 @@ cdef class JobSender(Link):
         header.count = count
         header.attempt = 0
         header.slot = slot
-        header.failure_bytes = 0
         if self.job_rows is not None:  # a packed buffer knows its size
             header.body_bytes = count * self.job_rows.row_bytes
         self.next_index += count
@@ -218,6 +259,7 @@ cdef class JobSender(Link):
             raise ProtocolError("cannot submit " + self.scheduler.describe(slot))
         return 0
 
+    @cython.final
     cdef bint all_sent(self) except -1 nogil:
         """Whether no slot is being sent any more."""
         cdef int slot

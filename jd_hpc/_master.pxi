@@ -7,6 +7,7 @@ cdef enum:
     BLOCK_PATIENCE_POLLS = SPIN_POLLS + 16  # ... or after so many polls without a message: not while others run on this core
 
 
+@cython.final
 cdef class Master(JobSender):
     """Rank 0: gives out jobs and takes results in.
 
@@ -148,10 +149,9 @@ cdef class Master(JobSender):
         header = <Header *> self.message_data[i]
         if not self.is_ours(i):
             pass
-        elif self.collects and header.kind == KIND_RESULTS and header.failure_bytes == 0 \
+        elif self.collects and header.kind == KIND_RESULTS \
                 and header.body_bytes == header.count * self.result_rows.row_bytes:
             self.collect(header, source)
-            self.hand_out()  # first of all: the slave may be waiting
         else:
             with gil:
                 self.accept(i, source)
@@ -165,6 +165,8 @@ cdef class Master(JobSender):
         cdef int64_t job_bytes = self.job_rows.row_bytes, result_bytes = self.result_rows.row_bytes
         if self.scheduler.on_result(source, header.slot, header.first, header.count, header.attempt) != VERDICT_DELIVER:
             return 0
+        if not self.tells_sent:
+            self.hand_out()  # first of all: the slave may be waiting
         memcpy(self.collected_jobs.data + at * job_bytes, self.slots[header.slot].data + HEADER_BYTES, header.count * job_bytes)
         memcpy(self.collected_results.data + at * result_bytes, <char *> header + HEADER_BYTES, header.count * result_bytes)
         for k in range(header.count):
@@ -214,7 +216,7 @@ cdef class Master(JobSender):
         """A whole message is handled; a longer one's body is received first."""
         cdef Header header = (<Header *> buffer.data)[0]
         if header.body_bytes > INLINE_BYTES:
-            return self.expect_body(&header, source, self.result_rows if header.kind == KIND_RESULTS else None)
+            return self.expect_body(&header, source, self.result_rows if header.kind in (KIND_RESULTS, KIND_FAILURES) else None)
         return self.handle(&header, source, buffer, HEADER_BYTES)
 
     cdef bint take_bodies(self) except -1 nogil:
@@ -243,7 +245,7 @@ cdef class Master(JobSender):
                 self.fail(SlaveError(source, Failure("SlaveLeft", "it left the run before the end", "", None)))
         elif self.stopping:
             return 0  # whatever a slave still says, the run is over
-        elif header.kind == KIND_RESULTS:
+        elif header.kind == KIND_RESULTS or header.kind == KIND_FAILURES:
             self.parcel(header, source, buffer, offset)
         elif header.kind == KIND_READY:
             if source <= self.slave_count:
@@ -276,15 +278,22 @@ cdef class Master(JobSender):
 
     cdef int parcel(self, Header *header, int source, Buffer buffer, int64_t offset) except -1:
         """A result that is large, or of objects, or with failures: decode it, and let it wait to be handed over."""
-        cdef int64_t end = offset + header.body_bytes - header.failure_bytes
+        cdef int64_t end = offset + header.body_bytes, failures_bytes = 0
         cdef dict failures = {}
         cdef object results = None
+        if header.kind == KIND_FAILURES:
+            end -= FAILURE_LENGTH_BYTES
+            if end >= offset:
+                memcpy(&failures_bytes, buffer.data + end, FAILURE_LENGTH_BYTES)
+            if not 0 <= failures_bytes <= end - offset:
+                return self.fail(ProtocolError(f"slave {source} sent a report of failures with a wrong length"))
+            end -= failures_bytes
         if self.result_rows is not None and end - offset != header.count * self.result_rows.row_bytes:
             return self.fail(ProtocolError(f"slave {source} sent {end - offset} bytes for {header.count} results"))
         if self.scheduler.on_result(source, header.slot, header.first, header.count, header.attempt) != VERDICT_DELIVER:
             return 0
-        if header.failure_bytes:
-            failures = dict(unpack(buffer.memory[end:end + header.failure_bytes]))
+        if failures_bytes:
+            failures = unpack(buffer.memory[end:end + failures_bytes])
         if self.result_rows is not None:
             results = buffer.rows[:header.count]
         else:
@@ -346,7 +355,7 @@ cdef class Master(JobSender):
         cdef int64_t first
         slot, slave, results, failures = parcel
         first, count = self.scheduler.first(slot), self.scheduler.jobs(slot)
-        jobs = self.slot_jobs[slot] if self.job_rows is None else (<Buffer> self.slot_buffers[slot]).rows
+        jobs = self.jobs_of(slot, count)
         if self.in_blocks:
             self.deliver_block(first, count, jobs, results, failures)
         for i in range(count):
@@ -385,8 +394,8 @@ cdef class Master(JobSender):
             objects = [None] * count
         else:
             out = Buffer(count * self.result_rows.row_bytes, self.result_rows, 0, True)
-        jobs = self.slot_jobs[slot] if self.job_rows is None else (<Buffer> self.slot_buffers[slot]).rows
-        failures = {at: Failure.of(error) for at, error in self.evaluator.evaluate(jobs, count, out, objects)}
+        jobs = self.jobs_of(slot, count)
+        failures = Failure.of_all(self.evaluator.evaluate(jobs, count, out, objects))
         if self.scheduler.on_result(0, slot, self.scheduler.first(slot), count, self.scheduler.attempt(slot)) == VERDICT_DELIVER:
             if out is not None:
                 out.rows.flags.writeable = False
@@ -433,7 +442,7 @@ cdef class Master(JobSender):
             self.unpost()
         except BaseException:
             # The user will not wait: MPI may still write to and read from all of these.
-            aside.extend((buffers, self.messages, self.body_buffers, self.slot_buffers))
+            aside.extend((buffers, self.messages, self.body_buffers, self.slot_buffers, self.slab))
             raise
         finally:
             self.parting = False

@@ -1,5 +1,9 @@
 # The slave's side of _core.pyx: takes jobs in, runs them, sends results back.
 
+cdef enum:
+    BATCHES_PER_LOOK = 4        # batches between two looks at the clock
+
+@cython.final
 cdef class Slave(Link):
     """A rank that runs jobs.
 
@@ -24,7 +28,10 @@ cdef class Slave(Link):
     cdef int *queue                     # receives that hold a message not looked at yet, in order of arrival
     cdef int queue_length
     cdef bint stopped
-    cdef int64_t looked_in_ns
+    cdef int64_t batches                # run so far
+    cdef int64_t looked_batches         # how many they were when the clock was last read
+    cdef int64_t looked_in_ns           # what it said
+    cdef bint is_slow                   # it had moved on since the time before
 
     def __dealloc__(self):
         free(self.outs)
@@ -84,7 +91,9 @@ cdef class Slave(Link):
     cdef bint step(self) except -1 nogil:
         """Look for messages, then run at most one batch."""
         cdef int i
-        cdef bint moved = self.look()
+        cdef bint moved = self.is_time_to_look() and self.look()
+        if self.queue_length == 0 and not self.stopped and self.take_in():
+            moved = True
         if self.stopped:
             return True
         if self.body_count:
@@ -97,22 +106,31 @@ cdef class Slave(Link):
             return moved
         i = self.queue[0]
         self.queue_length -= 1
-        memmove(self.queue, self.queue + 1, self.queue_length * sizeof(int))
+        if self.queue_length:
+            memmove(self.queue, self.queue + 1, self.queue_length * sizeof(int))
         self.run_message(i)
         self.repost(i)
+        self.batches += 1
         return True
 
+    cdef bint is_time_to_look(self) noexcept nogil:
+        """Whether time has passed: tested after every batch while batches take long, else now and then."""
+        cdef int64_t now
+        if self.batches == self.looked_batches or (not self.is_slow and self.batches - self.looked_batches < BATCHES_PER_LOOK):
+            return False
+        now = coarse_ns()
+        self.is_slow = now != self.looked_in_ns
+        self.looked_in_ns = now
+        self.looked_batches = self.batches
+        return self.is_slow
+
     cdef bint look(self) except -1 nogil:
-        """Take in a message if there is nothing to do. If time has passed, all there are: a stop is seen before the next batch."""
+        """Let signals through, and take in all messages, so that a stop is seen before the next batch."""
         cdef bint moved = False
-        cdef int64_t now = coarse_ns()
-        if now != self.looked_in_ns:
-            self.looked_in_ns = now
-            self.look_up(now)  # a kernel may take long: then there are too few polls for signals to be seen in time
-            while self.take_in():
-                moved = True
-            return moved
-        return self.queue_length == 0 and self.take_in()
+        self.look_up(self.looked_in_ns)
+        while self.take_in():
+            moved = True
+        return moved
 
     cdef bint take_in(self) except -1 nogil:
         """Take in a message: a batch is queued, what needs no work is dealt with at once."""
@@ -149,7 +167,7 @@ cdef class Slave(Link):
         cdef int k
         self.check_jobs(header)
         k = self.free_out()
-        self.answer(k, header, header.count * self.result_rows.row_bytes, 0)
+        self.answer(k, header, KIND_RESULTS, header.count * self.result_rows.row_bytes)
         if self.evaluator.run_kernel(<char *> header + HEADER_BYTES, self.outs[k].data + HEADER_BYTES, header.count, self.codes):
             with gil:
                 self.send_failures(k, header, kernel_failures(<int32_t[:header.count]> self.codes))
@@ -194,7 +212,7 @@ cdef class Slave(Link):
             self.send_objects(k, &job, results, failures)
             return 0
         out = None
-        self.answer(k, &job, job.count * self.result_rows.row_bytes, 0)
+        self.answer(k, &job, KIND_RESULTS, job.count * self.result_rows.row_bytes)
         self.keep_out(k)
         if failures:
             return self.send_failures(k, &job, failures)
@@ -221,7 +239,7 @@ cdef class Slave(Link):
                 results[at] = None
             out = self.packed(results, "what process_job returned", self.payload_limit)
         self.set_packed(k, out)
-        self.answer(k, job, (<Header *> out.data).body_bytes, 0)
+        self.answer(k, job, KIND_RESULTS, (<Header *> out.data).body_bytes)
         if failures:
             return self.send_failures(k, job, failures)
         return self.send(&self.outs[k], 0)
@@ -239,23 +257,23 @@ cdef class Slave(Link):
         """Send the results that there are, and behind them what became of the others."""
         cdef char *results = self.outs[k].data
         cdef int64_t result_bytes = (<Header *> results).body_bytes
-        cdef dict reports = {id(error): Failure.of(error) for error in {id(error): error for _, error in failures}.values()}
-        cdef list told = [(at, reports[id(error)]) for at, error in failures]  # pickle sends one that stands there twice only once
-        cdef Buffer out = self.packed(told, "the failures of a batch", REPORT_LIMIT_BYTES, result_bytes)
+        # pickle sends a report that stands there twice only once
+        cdef Buffer out = self.packed(Failure.of_all(failures), "the failures of a batch", REPORT_LIMIT_BYTES, result_bytes,
+                                      FAILURE_LENGTH_BYTES)
+        cdef int64_t total = (<Header *> out.data).body_bytes, length = total - result_bytes - FAILURE_LENGTH_BYTES
         memcpy(out.data + HEADER_BYTES, results + HEADER_BYTES, result_bytes)
-        cdef int64_t total = (<Header *> out.data).body_bytes
+        memcpy(out.data + HEADER_BYTES + result_bytes + length, &length, FAILURE_LENGTH_BYTES)
         self.set_packed(k, out)
-        self.answer(k, job, total, total - result_bytes)
+        self.answer(k, job, KIND_FAILURES, total)
         self.send(&self.outs[k], 0)
         return 0
 
-    cdef int answer(self, int k, Header *job, int64_t body_bytes, int64_t failure_bytes) noexcept nogil:
+    cdef int answer(self, int k, Header *job, int kind, int64_t body_bytes) noexcept nogil:
         """Make the header of an answer to `job`."""
         cdef Header *header = <Header *> self.outs[k].data
         header[0] = job[0]
-        header.kind = KIND_RESULTS
+        header.kind = kind
         header.body_bytes = body_bytes
-        header.failure_bytes = failure_bytes
         return 0
 
     cdef int free_out(self) except -1 nogil:

@@ -2,18 +2,20 @@
 
 tests/unit/test_wire.py holds the two to each other.
 """
-from libc.stdint cimport int32_t, int64_t, uint32_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t
 
 cdef enum:
-    MAGIC = 0x4A444831
+    MAGIC = 0x4A44
     PROTOCOL = 1
     TAG_MESSAGE = 1
     TAG_BODY = 16
     TAG_BODY_COUNT = 1024
-    HEADER_BYTES = 64
+    HEADER_BYTES = 32
     MESSAGE_BYTES = 2048
     INLINE_BYTES = MESSAGE_BYTES - HEADER_BYTES
     UNIT_BYTES = 1 << 20
+    FAILURE_LENGTH_BYTES = 8
+    MOST_ATTEMPTS = 255
     UNIT_FROM_BYTES = 1 << 30
 
 cdef enum:
@@ -24,16 +26,15 @@ cdef enum:
     KIND_BYE = 5
     KIND_INTERRUPT = 6
     KIND_ERROR = 7
+    KIND_FAILURES = 8
 
 cdef struct Header:
-    uint32_t magic          # MAGIC: anything else is not ours
-    uint32_t kind           # KIND_*
-    int64_t run             # which run() of this communicator: fences off what an earlier one left
+    uint16_t magic          # MAGIC: anything else is not ours
+    uint8_t kind            # KIND_*
+    uint8_t attempt         # which dispatch of the batch, from 0
+    uint16_t run            # which run() of this communicator, modulo 2^16: fences off what an earlier one left
+    uint16_t body_tag       # where the body comes, when it is too long to travel in the message
     int64_t first           # number of the batch's first job
     int32_t count           # jobs in the batch
-    int32_t attempt         # which dispatch of the batch, from 0
     int32_t slot            # the master's slot for the batch
-    int32_t body_tag        # where the body comes, when it is too long to travel in the message
     int64_t body_bytes      # payload after the header, inline or in a message of its own
-    int64_t failure_bytes   # how many of those, at the end, describe jobs that failed
-    int64_t reserved

@@ -1,6 +1,6 @@
 """What travels between master and slave: tags, kinds, the header's layout and the limits.
 
-Every message is a header of 64 bytes. A payload that fits into INLINE_BYTES follows it in the same (eager) message; a longer
+Every message is a header of 32 bytes, so that a small job is one cache line. A payload that fits into INLINE_BYTES follows it in the same (eager) message; a longer
 one travels as a body, in a message of its own that is received from that one source, because only small messages may meet a
 wildcard. Tags are constants: a job number as tag would overflow on some MPIs. wire.pxd says the same in C.
 """
@@ -11,8 +11,8 @@ from typing import Final
 
 import numpy as np
 
-MAGIC: Final = 0x4A444831
-"""First word of every header: "JDH1"."""
+MAGIC: Final = 0x4A44
+"""First word of every header: "JD"."""
 PROTOCOL: Final = 1
 """Raised whenever the layout below changes: ranks that differ refuse each other."""
 
@@ -21,7 +21,7 @@ TAG_BODY: Final = 16
 TAG_BODY_COUNT: Final = 1024
 """Bodies take turns over these, so that two on their way from one source are not mixed up. MPI promises tags up to 32,767."""
 
-HEADER_BYTES: Final = 64
+HEADER_BYTES: Final = 32
 MESSAGE_BYTES: Final = 2048
 """Header and inline payload together: below the eager limit of every MPI that we know (4096 bytes is the smallest)."""
 INLINE_BYTES: Final = MESSAGE_BYTES - HEADER_BYTES
@@ -29,21 +29,23 @@ UNIT_FROM_BYTES: Final = 1 << 30
 """From here on a body is counted in units: MPI-3 counts are 32 bit."""
 UNIT_BYTES: Final = 1 << 20
 
-KINDS: Final = {"READY": 1, "JOBS": 2, "RESULTS": 3, "STOP": 4, "BYE": 5, "INTERRUPT": 6, "ERROR": 7}
+KINDS: Final = {"READY": 1, "JOBS": 2, "RESULTS": 3, "STOP": 4, "BYE": 5, "INTERRUPT": 6, "ERROR": 7, "FAILURES": 8}
+
+FAILURE_LENGTH_BYTES: Final = 8
+"""FAILURES carries results, the pickled failures, and at the very end the length of the latter as an int64."""
+MOST_ATTEMPTS: Final = 255
 
 HEADER_DTYPE: Final = np.dtype(
     [
-        ("magic", "u4"),
-        ("kind", "u4"),
-        ("run", "i8"),
+        ("magic", "u2"),
+        ("kind", "u1"),
+        ("attempt", "u1"),
+        ("run", "u2"),
+        ("body_tag", "u2"),
         ("first", "i8"),
         ("count", "i4"),
-        ("attempt", "i4"),
         ("slot", "i4"),
-        ("body_tag", "i4"),
         ("body_bytes", "i8"),
-        ("failure_bytes", "i8"),
-        ("reserved", "i8"),
     ]
 )
 

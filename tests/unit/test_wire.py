@@ -21,9 +21,9 @@ def layout():
     return load_core().layout()
 
 
-def test_header_has_64_bytes_without_gaps():
-    assert wire.HEADER_DTYPE.itemsize == wire.HEADER_BYTES == 64
-    assert sum(wire.HEADER_DTYPE[name].itemsize for name in wire.HEADER_DTYPE.names) == 64
+def test_header_has_32_bytes_without_gaps():
+    assert wire.HEADER_DTYPE.itemsize == wire.HEADER_BYTES == 32
+    assert sum(wire.HEADER_DTYPE[name].itemsize for name in wire.HEADER_DTYPE.names) == 32
     aligned = np.dtype([(name, wire.HEADER_DTYPE[name]) for name in wire.HEADER_DTYPE.names], align=True)
     assert aligned.fields == wire.HEADER_DTYPE.fields  # as C lays it out
 
