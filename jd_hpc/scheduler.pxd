@@ -5,6 +5,7 @@ cdef enum:
     SLAVE_ABSENT = 0
     SLAVE_UP = 1
     SLAVE_LOST = 2
+    SLAVE_SUSPECT = 3
     BATCH_FREE = 0
     BATCH_OPEN = 1
     BATCH_WAITING = 2
@@ -14,15 +15,17 @@ cdef enum:
     VERDICT_DELIVER = 0
     VERDICT_LATE = 1
     VERDICT_REFUSED = 2
+    DISPATCHES_MOST = 256               # a header counts attempts in one byte
 
 @cython.final
 cdef class Scheduler:
     cdef readonly int slave_count       # slaves are 1 .. slave_count
     cdef readonly int credit            # batches that a slave may hold at once
     cdef readonly int batch_count       # slots of the ledger
-    cdef readonly int max_attempts      # dispatches of a batch before it is given up
+    cdef readonly int max_attempts      # strikes after which a batch is given up
     cdef readonly int up_count          # slaves that are up
     cdef readonly int absent_count      # slaves that have not reported yet
+    cdef readonly int suspect_count
     cdef readonly int ready_count       # slaves in the ready queue that are up: each has credit left
     cdef readonly int waiting_count     # batches that wait for a slave
     cdef readonly int open_count        # slots that are not free
@@ -33,6 +36,8 @@ cdef class Scheduler:
     cdef readonly long long late
     cdef readonly long long refused
     cdef readonly long long lost
+    cdef readonly long long suspected
+    cdef readonly long long reinstated
     # slaves, index 0 unused
     cdef int[::1] slave_state
     cdef int[::1] slave_held            # batches sent to it, not answered
@@ -44,7 +49,9 @@ cdef class Scheduler:
     cdef int[::1] batch_state
     cdef long long[::1] batch_first     # number of its first job
     cdef int[::1] batch_jobs            # how many jobs
-    cdef int[::1] batch_attempt         # from 0
+    cdef int[::1] batch_attempt         # from 0: how often it was sent before
+    cdef int[::1] batch_strikes         # how often a slave failed while it ran it
+    cdef long long[::1] batch_order     # `sent` at its last dispatch
     cdef int[::1] batch_slave           # who holds it; 0: nobody
     cdef int[::1] free                  # stack of free slots
     cdef int free_length
@@ -56,7 +63,7 @@ cdef class Scheduler:
 
     @cython.locals(slot=cython.int)
     cpdef int open(self) noexcept nogil
-    cpdef int submit(self, int slot, long long first, int jobs) noexcept nogil
+    cpdef int submit(self, int slot, long long first, int jobs, int strikes=*) noexcept nogil
     cpdef int cancel(self, int slot) noexcept nogil
     @cython.locals(slot=cython.int, slave=cython.int)
     cpdef int assign(self) noexcept nogil
@@ -66,12 +73,17 @@ cdef class Scheduler:
     @cython.locals(state=cython.int, newest=cython.int)
     cpdef int on_result(self, int slave, int slot, long long first, int jobs, int attempt) noexcept nogil
     cpdef int release(self, int slot) noexcept nogil
-    @cython.locals(slot=cython.int, count=cython.int)
+    @cython.locals(count=cython.int)
     cpdef int on_lost(self, int slave) noexcept nogil
+    @cython.locals(count=cython.int)
+    cpdef int on_suspect(self, int slave) noexcept nogil
     @cython.locals(slot=cython.int)
     cpdef int next_given_up(self) noexcept nogil
     cpdef int holder(self, int slot) noexcept nogil
     cpdef int attempt(self, int slot) noexcept nogil
+    cpdef int strikes(self, int slot) noexcept nogil
+    @cython.locals(slot=cython.int, found=cython.int)
+    cpdef int running(self, int slave) noexcept nogil
     cpdef int jobs(self, int slot) noexcept nogil
     cpdef long long first(self, int slot) noexcept nogil
     cpdef int held(self, int slave) noexcept nogil
@@ -88,5 +100,9 @@ cdef class Scheduler:
     cdef int _next_batch(self) noexcept nogil
     @cython.locals(other=cython.int)
     cdef void _unqueue_batch(self, int slot) noexcept nogil
+    @cython.locals(slot=cython.int, struck=cython.int, count=cython.int)
+    cdef int _take_back(self, int slave) noexcept nogil
+    @cython.locals(strikes=cython.int)
     cdef void _again(self, int slot) noexcept nogil
+    cdef void _give_up(self, int slot) noexcept nogil
     cdef void _free(self, int slot) noexcept nogil

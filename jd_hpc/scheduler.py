@@ -6,10 +6,14 @@ The rules it keeps:
 - A *batch* is the unit of dispatch: consecutive jobs that travel in one message. It lives in a *slot* of the ledger, which also
   names the buffer that holds its payload, so that memory is bounded by the number of slots.
 - Every batch that was submitted ends exactly once: `on_result` says VERDICT_DELIVER once for it, or `next_given_up` names it once.
-- A slave holds at most `credit` batches, and gets none unless it is up.
+- A slave holds at most `credit` batches, and gets none unless it is up. One that is suspected keeps nothing: what it held is sent
+  to others; it is taken on again by `on_ready`.
 - Slaves take turns: the one that has waited longest gets the next batch.
 - The first valid answer wins, whoever it comes from; later ones are counted and dropped. An answer is valid when the slot
   still holds those very jobs and that attempt was made. Job numbers never repeat, so an old answer cannot match a new batch.
+- A slave runs its batches in the order in which it got them. When it is lost or suspected, the oldest one is struck: it may be
+  the cause. A batch of several jobs that has one strike left is named by `next_given_up` too, for the caller to `submit` its jobs
+  one by one: then only the job that is to blame is given up at last. A batch that was struck never runs on the master.
 - A slot whose jobs ended is used again only when the caller has released it and no live slave still works on it.
 
 It takes events (`on_...`) and returns commands: `assign` (send this slot to its `holder`), verdicts (deliver this) and
@@ -25,11 +29,12 @@ from array import array
 import cython
 
 if not cython.compiled:
-    SLAVE_ABSENT, SLAVE_UP, SLAVE_LOST = range(3)
+    SLAVE_ABSENT, SLAVE_UP, SLAVE_LOST, SLAVE_SUSPECT = range(4)
     BATCH_FREE, BATCH_OPEN, BATCH_WAITING, BATCH_SENT, BATCH_ENDED, BATCH_RETIRED = range(6)
     VERDICT_DELIVER, VERDICT_LATE, VERDICT_REFUSED = range(3)
+    DISPATCHES_MOST = 256
 
-SLAVE_STATES = ("absent", "up", "lost")
+SLAVE_STATES = ("absent", "up", "lost", "suspect")
 BATCH_STATES = ("free", "open", "waiting", "sent", "ended", "retired")
 VERDICTS = ("deliver", "late", "refused")
 
@@ -46,7 +51,7 @@ class Scheduler:
     batch_count : int
         Slots of the ledger: batches that can be open at once, at least 1.
     max_attempts : int
-        Dispatches of one batch to slaves that were lost before it is given up, at least 1.
+        Strikes after which a batch is given up, at least 1.
 
     Raises
     ------
@@ -64,9 +69,9 @@ class Scheduler:
         self.credit = credit
         self.batch_count = batch_count
         self.max_attempts = max_attempts
-        self.up_count = self.ready_count = self.waiting_count = self.open_count = self.free_credit = 0
+        self.up_count = self.suspect_count = self.ready_count = self.waiting_count = self.open_count = self.free_credit = 0
         self.absent_count = slave_count
-        self.sent = self.ended = self.resent = self.late = self.refused = self.lost = 0
+        self.sent = self.ended = self.resent = self.late = self.refused = self.lost = self.suspected = self.reinstated = 0
         self.slave_state = array("i", bytes(4 * (slave_count + 1)))
         self.slave_held = array("i", bytes(4 * (slave_count + 1)))
         self.slave_queued = array("i", bytes(4 * (slave_count + 1)))
@@ -76,6 +81,8 @@ class Scheduler:
         self.batch_first = array("q", bytes(8 * batch_count))
         self.batch_jobs = array("i", bytes(4 * batch_count))
         self.batch_attempt = array("i", bytes(4 * batch_count))
+        self.batch_strikes = array("i", bytes(4 * batch_count))
+        self.batch_order = array("q", bytes(8 * batch_count))
         self.batch_slave = array("i", bytes(4 * batch_count))
         self.free = array("i", range(batch_count - 1, -1, -1))
         self.free_length = batch_count
@@ -97,13 +104,16 @@ class Scheduler:
         self.open_count += 1
         return slot
 
-    def submit(self, slot: int, first: int, jobs: int) -> int:
-        """The open slot now holds `jobs` jobs from number `first` on: let it wait for a slave."""
+    def submit(self, slot: int, first: int, jobs: int, strikes: int = 0) -> int:
+        """The open slot now holds `jobs` jobs from number `first` on, struck so often: let it wait for a slave."""
         if not 0 <= slot < self.batch_count or self.batch_state[slot] != BATCH_OPEN or jobs < 1 or first < 0:
+            return -1
+        if strikes < 0 or strikes >= self.max_attempts:
             return -1
         self.batch_first[slot] = first
         self.batch_jobs[slot] = jobs
         self.batch_attempt[slot] = 0
+        self.batch_strikes[slot] = strikes
         self._queue_batch(slot)
         return 0
 
@@ -124,6 +134,7 @@ class Scheduler:
         slot = self._next_batch()
         self.batch_state[slot] = BATCH_SENT
         self.batch_slave[slot] = slave
+        self.batch_order[slot] = self.sent
         self.slave_held[slave] += 1
         self.free_credit -= 1
         self.sent += 1
@@ -132,23 +143,28 @@ class Scheduler:
         return slot
 
     def assign_local(self) -> int:
-        """Give the batch that waits first to the master itself (slave 0): its slot, or -1."""
-        if self.waiting_count == 0:
-            return -1
-        slot = self._next_batch()
-        self.batch_state[slot] = BATCH_SENT
-        self.batch_slave[slot] = 0
-        self.sent += 1
-        return slot
+        """Give the batch that waits first to the master itself (slave 0): its slot, or -1. Those that were struck are given up."""
+        while self.waiting_count > 0:
+            slot = self._next_batch()
+            if self.batch_strikes[slot] == 0:
+                self.batch_state[slot] = BATCH_SENT
+                self.batch_slave[slot] = 0
+                self.sent += 1
+                return slot
+            self._give_up(slot)
+        return -1
 
     # ---- events ------------------------------------------------------------------------------------------------------
 
     def on_ready(self, slave: int) -> int:
-        """A slave reports for work: for the first time, or again after it was given up for lost."""
+        """A slave reports for work for the first time, or is there again after it was suspected or given up for lost."""
         if slave < 1 or slave > self.slave_count or self.slave_state[slave] == SLAVE_UP:
             return -1
         if self.slave_state[slave] == SLAVE_ABSENT:
             self.absent_count -= 1
+        else:
+            self.reinstated += 1
+            self.suspect_count -= self.slave_state[slave] == SLAVE_SUSPECT
         self.slave_state[slave] = SLAVE_UP
         self.up_count += 1
         self.free_credit += self.credit
@@ -202,27 +218,29 @@ class Scheduler:
             return -1
         if self.slave_state[slave] == SLAVE_ABSENT:
             self.absent_count -= 1
-        else:
-            self.up_count -= 1
-            self.free_credit -= self.credit - self.slave_held[slave]
-            self.ready_count -= self.slave_queued[slave]
+        elif self.slave_state[slave] == SLAVE_SUSPECT:
+            self.suspect_count -= 1
+        count = self._take_back(slave)
         self.slave_state[slave] = SLAVE_LOST
-        self.slave_held[slave] = 0
         self.lost += 1
-        count = 0
-        for slot in range(self.batch_count):
-            if self.batch_slave[slot] != slave:
-                continue
-            self.batch_slave[slot] = 0
-            if self.batch_state[slot] == BATCH_RETIRED:
-                self._free(slot)
-            elif self.batch_state[slot] == BATCH_SENT:
-                count += 1
-                self._again(slot)
+        return count
+
+    def on_suspect(self, slave: int) -> int:
+        """A slave that is up does not answer: what it holds goes to others. Returns how many batches that were, or -1."""
+        if slave < 1 or slave > self.slave_count or self.slave_state[slave] != SLAVE_UP:
+            return -1
+        count = self._take_back(slave)
+        self.slave_state[slave] = SLAVE_SUSPECT
+        self.suspect_count += 1
+        self.suspected += 1
         return count
 
     def next_given_up(self) -> int:
-        """The next batch that used up its attempts, or -1. The caller delivers the failure and then calls `release`."""
+        """The next batch that must not be sent again as it is, or -1.
+
+        If it has as many strikes as there may be (or the master may not run it), the caller delivers the failure; else it submits
+        the batch's jobs one by one. Then it calls `release`.
+        """
         if self.given_up_length == 0:
             return -1
         slot = self.given_up[self.given_up_head]
@@ -240,6 +258,18 @@ class Scheduler:
         """How often the slot's batch was dispatched before this time."""
         return self.batch_attempt[slot]
 
+    def strikes(self, slot: int) -> int:
+        """How often a slave was lost or suspected while it ran the slot's batch."""
+        return self.batch_strikes[slot]
+
+    def running(self, slave: int) -> int:
+        """The slot that the slave runs now: the one that it got first of those that it holds; -1 if it holds none."""
+        found = -1
+        for slot in range(self.batch_count):
+            if self.batch_slave[slot] == slave and (found < 0 or self.batch_order[slot] < self.batch_order[found]):
+                found = slot
+        return found
+
     def jobs(self, slot: int) -> int:
         """How many jobs the slot's batch has."""
         return self.batch_jobs[slot]
@@ -253,7 +283,7 @@ class Scheduler:
         return self.slave_held[slave]
 
     def state_of_slave(self, slave: int) -> int:
-        """SLAVE_ABSENT, SLAVE_UP or SLAVE_LOST."""
+        """SLAVE_ABSENT, SLAVE_UP, SLAVE_LOST or SLAVE_SUSPECT."""
         return self.slave_state[slave]
 
     def state_of_batch(self, slot: int) -> int:
@@ -264,7 +294,7 @@ class Scheduler:
         """Everything that is known of a slot, for an error message."""
         return (
             f"slot {slot} of {self.batch_count}: {BATCH_STATES[self.batch_state[slot]]}, jobs {self.batch_first[slot]} "
-            f"+ {self.batch_jobs[slot]}, attempt {self.batch_attempt[slot]}, slave {self.batch_slave[slot]}"
+            f"+ {self.batch_jobs[slot]}, attempt {self.batch_attempt[slot]}, strikes {self.batch_strikes[slot]}, slave {self.batch_slave[slot]}"
         )
 
     # ---- inside ------------------------------------------------------------------------------------------------------
@@ -315,12 +345,40 @@ class Scheduler:
             if other != slot:
                 self._queue_batch(other)
 
+    def _take_back(self, slave: int) -> int:
+        """Everything that a slave holds waits for another one, or is given up: how many batches that are."""
+        if self.slave_state[slave] == SLAVE_UP:
+            self.up_count -= 1
+            self.free_credit -= self.credit - self.slave_held[slave]
+            self.ready_count -= self.slave_queued[slave]
+        self.slave_held[slave] = 0
+        struck = self.running(slave)
+        count = 0
+        for slot in range(self.batch_count):
+            if self.batch_slave[slot] != slave:
+                continue
+            self.batch_slave[slot] = 0
+            if self.batch_state[slot] == BATCH_RETIRED:
+                self._free(slot)
+            elif self.batch_state[slot] == BATCH_SENT:
+                count += 1
+                if slot == struck:
+                    self.batch_strikes[slot] += 1
+                self._again(slot)
+        return count
+
     def _again(self, slot: int) -> None:
         self.batch_attempt[slot] += 1
-        if self.batch_attempt[slot] < self.max_attempts:
+        strikes = self.batch_strikes[slot]
+        if strikes >= self.max_attempts or self.batch_attempt[slot] >= DISPATCHES_MOST:
+            self._give_up(slot)
+        elif strikes > 0 and strikes == self.max_attempts - 1 and self.batch_jobs[slot] > 1:
+            self._give_up(slot)  # for the caller to take apart
+        else:
             self.resent += 1
             self._queue_batch(slot)
-            return
+
+    def _give_up(self, slot: int) -> None:
         self.batch_state[slot] = BATCH_ENDED
         self.ended += 1
         self.given_up[(self.given_up_head + self.given_up_length) % self.batch_count] = slot
