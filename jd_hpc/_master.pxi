@@ -4,6 +4,7 @@ cdef enum:
     POSTED = 4                  # receives: more are no faster (measured), MPI keeps what comes in meanwhile
     COLLECT_ROWS = 8192         # results in small messages are handed over at the latest when there are so many
     COLLECT_BYTES = 1 << 20
+    SINGLES_MOST = 64           # ... or so many, where each is handed over by itself
     BLOCK_PATIENCE_POLLS = SPIN_POLLS + 16  # ... or after so many polls without a message: not while others run on this core
 
 
@@ -132,7 +133,9 @@ cdef class Master(JobSender):
             return True
         if self.collected == 0:
             return not self.exhausted and self.room() > 0
-        if not self.in_blocks or self.collected >= self.collect_limit or empty_polls > BLOCK_PATIENCE_POLLS:
+        if not self.in_blocks:  # one turn of the GIL for all that is there
+            return empty_polls > 0 or self.collected >= SINGLES_MOST
+        if self.collected >= self.collect_limit or empty_polls > BLOCK_PATIENCE_POLLS:
             return True
         if self.exhausted:  # with these results the user may have new jobs for the slaves
             return empty_polls > 0 and self.scheduler.waiting_count == 0
