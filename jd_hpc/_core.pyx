@@ -25,13 +25,26 @@ from jd_hpc._batch cimport Buffer, Evaluator, Rows
 from jd_hpc.scheduler cimport VERDICT_DELIVER, Scheduler
 from jd_hpc.wire cimport *
 
+import logging
+from collections import deque
+
 import numpy as np
+from mpi4py import MPI
 
 from jd_hpc._batch import kernel_failures
-from jd_hpc.errors import Failure, JobError, MPIError, PayloadError, ProtocolError, RanksDisagreeError, SlaveError
+from jd_hpc.errors import (
+    Failure, JobError, MasterLostError, MPIError, PayloadError, ProtocolError, RanksDisagreeError, SlaveError, SlavesLostError,
+)
 from jd_hpc.payload import block_length, check_finite, pack, pack_into, unpack
 
 cnp.import_array()
+
+logger = logging.getLogger("jd_hpc")
+
+# What MPI says of a failed rank where it has ULFM; elsewhere mpi4py gives numbers that no error has.
+FAILED_CLASSES = {
+    code for code in (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_PROC_ABORTED) if code > 20
+}
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
@@ -67,11 +80,13 @@ cdef struct Outgoing:
     char *data              # header and payload, one piece of memory
     MPI_Request head        # the message: the header, and the payload where it fits
     MPI_Request body        # the payload where it does not
+    int dest                # who it went to last
 
 cdef struct Body:
     MPI_Request request
     Header header
     int source
+    bint broken             # MPI gave an error for it: never to be waited for
 
 
 cdef int check(int code) except -1 nogil:
@@ -218,7 +233,8 @@ cdef class Link:
         if self.order_length == 0:
             return -1
         i = self.order[self.order_head]
-        check(MPI_Test(&self.receives[i], &flag, &self.status))
+        if self.tolerate(MPI_Test(&self.receives[i], &flag, &self.status)):
+            return -1
         if flag:
             self.order_head = 0 if self.order_head + 1 == self.posted else self.order_head + 1
             self.order_length -= 1
@@ -230,7 +246,8 @@ cdef class Link:
     cdef int sweep(self) except -2 nogil:
         """Test all receives, and take one that is complete out of the order."""
         cdef int k, i, found = -1, flag = 0, kept = 0, length = self.order_length
-        check(MPI_Testany(self.posted, self.receives, &found, &flag, &self.status))
+        if self.tolerate(MPI_Testany(self.posted, self.receives, &found, &flag, &self.status)):
+            return -1
         if not flag or found == MPI_UNDEFINED:
             return -1
         for k in range(length):
@@ -278,6 +295,7 @@ cdef class Link:
         self.body_buffers[i] = buffer
         self.bodies[i].header = header[0]
         self.bodies[i].source = source
+        self.bodies[i].broken = False
         check(self.transfer(buffer.data, header.body_bytes, source, header.body_tag, &self.bodies[i].request, False))
         self.body_count += 1
         return 0
@@ -299,8 +317,11 @@ cdef class Link:
         """Which body is complete, or -1. The caller takes it out with `take_body`."""
         cdef int i, flag = 0
         for i in range(self.body_count):
-            check(MPI_Test(&self.bodies[i].request, &flag, MPI_STATUS_IGNORE))
-            if flag:
+            if self.bodies[i].broken:
+                continue
+            if self.tolerate(MPI_Test(&self.bodies[i].request, &flag, MPI_STATUS_IGNORE)):
+                self.bodies[i].broken = True
+            elif flag:
                 return i
         return -1
 
@@ -322,21 +343,29 @@ cdef class Link:
         cdef Header *header = <Header *> out.data
         header.magic = MAGIC
         header.run = self.run_mark
+        out.dest = dest
         if header.body_bytes <= INLINE_BYTES:
-            return check(MPI_Isend(out.data, HEADER_BYTES + <int> header.body_bytes, MPI_BYTE, dest, TAG_MESSAGE, self.comm,
-                                   &out.head))
+            if self.tolerate(MPI_Isend(out.data, HEADER_BYTES + <int> header.body_bytes, MPI_BYTE, dest, TAG_MESSAGE, self.comm,
+                                       &out.head)):
+                out.head = MPI_REQUEST_NULL
+            return 0
         header.body_tag = TAG_BODY + self.body_turn[dest] % TAG_BODY_COUNT
         self.body_turn[dest] += 1
-        check(MPI_Isend(out.data, HEADER_BYTES, MPI_BYTE, dest, TAG_MESSAGE, self.comm, &out.head))
-        return check(self.transfer(out.data + HEADER_BYTES, header.body_bytes, dest, header.body_tag, &out.body, True))
+        if self.tolerate(MPI_Isend(out.data, HEADER_BYTES, MPI_BYTE, dest, TAG_MESSAGE, self.comm, &out.head)):
+            out.head = MPI_REQUEST_NULL
+        elif self.tolerate(self.transfer(out.data + HEADER_BYTES, header.body_bytes, dest, header.body_tag, &out.body, True)):
+            out.body = MPI_REQUEST_NULL
+        return 0
 
     @cython.final
     cdef bint is_sent(self, Outgoing *out) except -1 nogil:
         cdef int flag = 1
-        if out.head != MPI_REQUEST_NULL:
-            check(MPI_Test(&out.head, &flag, MPI_STATUS_IGNORE))
-        if flag and out.body != MPI_REQUEST_NULL:
-            check(MPI_Test(&out.body, &flag, MPI_STATUS_IGNORE))
+        if out.head != MPI_REQUEST_NULL and self.tolerate(MPI_Test(&out.head, &flag, MPI_STATUS_IGNORE)):
+            out.head = MPI_REQUEST_NULL
+            flag = 1
+        if flag and out.body != MPI_REQUEST_NULL and self.tolerate(MPI_Test(&out.body, &flag, MPI_STATUS_IGNORE)):
+            out.body = MPI_REQUEST_NULL
+            flag = 1
         return flag != 0
 
     @cython.final
@@ -387,7 +416,24 @@ cdef class Link:
                 PyErr_CheckSignals()
             except BaseException as error:
                 self.hold(error)
+            self.on_tick(now)
         return 0
+
+    cdef int on_tick(self, int64_t now) except -1:
+        """Every few ms: who is still there? Nothing that Python raises here may come between a header and its body."""
+        return 0
+
+    @cython.final
+    cdef int tolerate(self, int code) except -1 nogil:
+        """The gate for codes that may tell of a failed rank: 0 is success, 1 such an error; any other one is raised."""
+        if code == MPI_SUCCESS:
+            return 0
+        with gil:
+            return self.on_mpi_error(code)
+
+    cdef int on_mpi_error(self, int code) except -1:
+        raise_mpi_error(code)
+        return -1
 
     @cython.final
     cdef int hold(self, object error) except -1:
@@ -415,7 +461,8 @@ cdef class Link:
             if self.receives[i] == MPI_REQUEST_NULL:
                 continue
             check(MPI_Cancel(&self.receives[i]))
-            check(MPI_Wait(&self.receives[i], &self.status))
+            if self.tolerate(MPI_Wait(&self.receives[i], &self.status)):
+                continue
             check(MPI_Test_cancelled(&self.status, &cancelled))
             if not cancelled:
                 self.is_ours(i)
@@ -437,4 +484,5 @@ def layout():
 
 include "_slave.pxi"
 include "_jobs.pxi"
+include "_survive.pxi"
 include "_master.pxi"

@@ -133,7 +133,8 @@ cdef class JobSender(Link):
             self.pack_slot(slot, objects)
         elif not self.allow_nan:
             check_finite(self.jobs_of(slot, count), "what next_job returned")
-        self.submit(slot, count)
+        self.submit(slot, self.next_index, count, 0)
+        self.next_index += count
         if not self.is_alone():
             self.hand_out()  # a few hundred ns: giving up the GIL for it costs more
         return 0
@@ -162,7 +163,8 @@ cdef class JobSender(Link):
                 self.pack_slot(slot, list(value[at:at + n]))
             else:
                 memcpy(self.slots[slot].data + HEADER_BYTES, where + at * self.job_rows.row_bytes, n * self.job_rows.row_bytes)
-            self.submit(slot, n)
+            self.submit(slot, self.next_index, n, 0)
+            self.next_index += n
         return 0
 
     @cython.final
@@ -243,27 +245,16 @@ cdef class JobSender(Link):
         return 0
 
     @cython.final
-    cdef int submit(self, int slot, int count) except -1:
-        """Number the jobs of a slot that is filled, and let it wait for a slave."""
+    cdef int submit(self, int slot, int64_t first, int count, int strikes) except -1:
+        """The slot is filled: let it wait for a slave."""
         cdef Header *header = <Header *> self.slots[slot].data
         header.kind = KIND_JOBS
-        header.first = self.next_index
+        header.first = first
         header.count = count
         header.attempt = 0
         header.slot = slot
         if self.job_rows is not None:  # a packed buffer knows its size
             header.body_bytes = count * self.job_rows.row_bytes
-        self.next_index += count
-        if self.scheduler.submit(slot, header.first, count) < 0:
+        if self.scheduler.submit(slot, first, count, strikes) < 0:
             raise ProtocolError("cannot submit " + self.scheduler.describe(slot))
         return 0
-
-    @cython.final
-    cdef bint all_sent(self) except -1 nogil:
-        """Whether no slot is being sent any more."""
-        cdef int slot
-        if self.scheduler is not None:
-            for slot in range(self.scheduler.batch_count):
-                if not self.is_sent(&self.slots[slot]):
-                    return False
-        return True

@@ -9,7 +9,7 @@ cdef enum:
 
 
 @cython.final
-cdef class Master(JobSender):
+cdef class Master(Survivor):
     """Rank 0: gives out jobs and takes results in.
 
     Parameters
@@ -33,23 +33,22 @@ cdef class Master(JobSender):
     cdef bint in_blocks                 # process_results takes them
     cdef bint tells_result              # these hooks are overridden
     cdef bint tells_idle
-    cdef bint attention                 # there are parcels, or a failure
-    cdef object failure                 # what a slave reported: raised by run_jobs
-    cdef bint stopping
-    cdef int *said_bye                  # for each rank
     cdef list early_in                  # what came in for this run while the last one ended
 
-    def __cinit__(self, uintptr_t handle, int64_t run, uint32_t[::1] body_turn, list early):
+    def __cinit__(self, uintptr_t handle, int64_t run, uint32_t[::1] body_turn, list early, set dead, set missing):
+        self.dead, self.missing = dead, missing
+        self.histories = {}
+        self.again = deque()
         self.early_in = early[:]
         early.clear()
         self.early = early  # the channel's list: what comes early in this run is there for the next one, however this one ends
         self.said_bye = <int *> calloc(self.size, sizeof(int))
-        if self.said_bye == NULL:
+        self.gone = <int *> calloc(self.size, sizeof(int))
+        if self.said_bye == NULL or self.gone == NULL:
             raise MemoryError()
+        for rank in dead:
+            self.gone[rank] = True
         self.parcels = []
-
-    def __dealloc__(self):
-        free(self.said_bye)
 
     def begin(self, plan, int slave_count):
         """Post the receives and lay out the slots. Without a plan the master can only tell the slaves to stop."""
@@ -71,7 +70,11 @@ cdef class Master(JobSender):
         self.tells_sent = plan.on_job_sent is not None
         self.tells_result = plan.on_result is not None
         self.tells_idle = plan.on_slave_idle is not None
-        self.scheduler = Scheduler(slave_count, credit, limit + self.read_ahead)
+        self.scheduler = Scheduler(slave_count, credit, limit + self.read_ahead, plan.max_attempts)
+        self.grace_ns = <int64_t> (plan.liveness_timeout_s * 1e9)
+        for rank in range(1, slave_count + 1):
+            if rank in self.dead or rank in self.missing:  # since an earlier run
+                self.scheduler.on_lost(rank)
         self.lay_out_slots()
         self.lay_out_collection()
         self.accept_early()
@@ -100,8 +103,10 @@ cdef class Master(JobSender):
                 if self.failure is not None:
                     raise self.failure
                 self.deliver()
-                self.fetch()
-                if self.exhausted and self.scheduler.open_count == 0 and not self.collected and not self.attention:
+                self.fetch_again()
+                if not self.again_count:
+                    self.fetch()
+                if self.exhausted and self.scheduler.open_count == 0 and not (self.collected or self.attention or self.again_count):
                     return
                 if self.is_alone():
                     self.work_locally()
@@ -132,7 +137,7 @@ cdef class Master(JobSender):
         if self.attention or self.is_alone():
             return True
         if self.collected == 0:
-            return not self.exhausted and self.room() > 0
+            return (self.again_count > 0 or not self.exhausted) and self.room() > 0
         if not self.in_blocks:  # one turn of the GIL for all that is there
             return empty_polls > 0 or self.collected >= SINGLES_MOST
         if self.collected >= self.collect_limit or empty_polls > BLOCK_PATIENCE_POLLS:
@@ -261,12 +266,6 @@ cdef class Master(JobSender):
             self.fail(ProtocolError(f"rank {source} sent a message of kind {header.kind}"))
         return 0
 
-    cdef int fail(self, object error) except -1:
-        if self.failure is None:
-            self.failure = error
-        self.attention = True
-        return 0
-
     cdef int greet(self, int slave, dict facts) except -1:
         """A slave reports for work."""
         wrong = self.plan.differences(facts)
@@ -275,6 +274,7 @@ cdef class Master(JobSender):
                                                 "script, options and environment"))
         if self.scheduler.on_ready(slave) < 0:
             return self.fail(ProtocolError(f"slave {slave} reports for work twice"))
+        self.missing.discard(slave)
         if self.plan.on_slave_started is not None:
             self.plan.on_slave_started(slave)
         return 0
@@ -331,8 +331,11 @@ cdef class Master(JobSender):
         slot = self.scheduler.next_given_up()
         while slot >= 0:
             self.exhausted = False
-            lost = Failure("SlaveLost", f"{self.scheduler.max_attempts} slaves were lost while they ran it", "", None)
-            self.deliver_parcel((slot, 0, None, dict.fromkeys(range(self.scheduler.jobs(slot)), lost)))
+            if self.scheduler.jobs(slot) > 1 and self.scheduler.strikes(slot) < self.scheduler.max_attempts and not self.is_alone():
+                self.take_apart(slot)
+            else:
+                lost = Failure("SlaveLost", "every slave that ran it failed", "", None)
+                self.deliver_parcel((slot, 0, None, dict.fromkeys(range(self.scheduler.jobs(slot)), lost)))
             slot = self.scheduler.next_given_up()
         return 0
 
@@ -363,12 +366,21 @@ cdef class Master(JobSender):
             self.deliver_block(first, count, jobs, results, failures)
         for i in range(count):
             if i in failures:
-                self.plan.process_failure(first + i, row_of(self.job_rows, jobs, i), JobError(first + i, slave, failures[i]))
+                self.deliver_failure(slot, slave, first + i, row_of(self.job_rows, jobs, i), failures[i])
             elif not self.in_blocks:
                 self.plan.process_result(first + i, row_of(self.job_rows, jobs, i), row_of(self.result_rows, results, i))
-        self.slot_jobs[slot] = None
-        if self.scheduler.release(slot) < 0:
-            raise ProtocolError("cannot release " + self.scheduler.describe(slot))
+        self.histories.pop(slot, None)
+        return self.release_slot(slot)
+
+    cdef int deliver_failure(self, int slot, int slave, int64_t index, object job, object failure) except -1:
+        """A job failed: for good, or it killed the process that ran it and may have another try."""
+        cdef list history = self.histories.get(slot, [])
+        cdef int strikes = self.scheduler.strikes(slot) + 1
+        if failure.died is not None:
+            history = [*history, (slave, failure.died)]
+            if strikes < self.scheduler.max_attempts and not self.is_alone():
+                return self.retry(index, job, strikes, history)
+        self.plan.process_failure(index, job, JobError(index, slave, failure, history))
         return 0
 
     cdef int deliver_block(self, int64_t first, int count, jobs, results, dict failures) except -1:
@@ -386,7 +398,10 @@ cdef class Master(JobSender):
         cdef int slot = self.scheduler.assign_local(), count
         cdef Buffer out = None
         cdef list objects = None
+        if not self.plan.local_fallback and self.scheduler.lost + self.scheduler.suspected > 0:
+            raise SlavesLostError(self.scheduler.lost, self.scheduler.suspect_count)
         if slot < 0:
+            self.attention = True  # batches may have been given up
             with nogil:
                 self.rest(self.take_in())  # a slave may still say something
             return 0
@@ -415,7 +430,9 @@ cdef class Master(JobSender):
     def counters(self):
         """What happened so far, for the log."""
         return {"jobs": self.next_index, "messages sent": self.scheduler.sent, "late results dropped": self.scheduler.late,
-                "messages refused": self.scheduler.refused + self.dropped}
+                "messages refused": self.scheduler.refused + self.dropped, "batches sent again": self.scheduler.resent,
+                "slaves lost": self.scheduler.lost, "slaves suspected": self.scheduler.suspected,
+                "slaves reinstated": self.scheduler.reinstated}
 
     # ---- the end -------------------------------------------------------------------------------------------------
 
@@ -424,6 +441,7 @@ cdef class Master(JobSender):
         cdef Outgoing *stops = <Outgoing *> calloc(self.size, sizeof(Outgoing))
         cdef list buffers = [Buffer(HEADER_BYTES) for _ in range(self.size)]
         cdef int rank
+        cdef bint failed = bool(self.dead or self.missing)
         if stops == NULL:
             raise MemoryError()
         self.parting = True
@@ -438,11 +456,15 @@ cdef class Master(JobSender):
                 stops[rank].data = (<Buffer> buffers[rank]).data
                 memset(stops[rank].data, 0, HEADER_BYTES)
                 (<Header *> stops[rank].data).kind = KIND_STOP
-                self.send(&stops[rank], rank)
+                (<Header *> stops[rank].data).attempt = failed  # a slave that knows leaves MPI alone at its exit
+                if not self.gone[rank]:
+                    self.send(&stops[rank], rank)
             with nogil:
                 while not self.is_over(stops):
                     self.rest(self.take_in() or (self.body_count > 0 and self.take_bodies()))
             self.unpost()
+            if self.dead or self.missing:
+                aside.extend((buffers, self.slot_buffers, self.slab))  # what was sent to them may still be read
         except BaseException:
             # The user will not wait: MPI may still write to and read from all of these.
             aside.extend((buffers, self.messages, self.body_buffers, self.slot_buffers, self.slab))
@@ -456,9 +478,18 @@ cdef class Master(JobSender):
         """Whether every rank was told and has left, and nothing is on its way."""
         cdef int rank
         for rank in range(1, self.size):
-            if not self.said_bye[rank] or not self.is_sent(&stops[rank]):
+            if not self.gone[rank] and not (self.said_bye[rank] and self.is_sent(&stops[rank])):
                 return False
         return self.body_count == 0 and self.all_sent()
+
+    cdef bint all_sent(self) except -1 nogil:
+        """Whether no slot is being sent any more to anybody who is there."""
+        cdef int slot
+        if self.scheduler is not None:
+            for slot in range(self.scheduler.batch_count):
+                if not self.is_sent(&self.slots[slot]) and not self.gone[self.slots[slot].dest]:
+                    return False
+        return True
 
 
 cdef object pick(object batch, list good, int count):

@@ -28,6 +28,8 @@ cdef class Slave(Link):
     cdef int *queue                     # receives that hold a message not looked at yet, in order of arrival
     cdef int queue_length
     cdef bint stopped
+    cdef readonly bint failed           # the master says that ranks failed
+    cdef public object beat             # what sends our signs of life; it ends when the master is gone
     cdef int64_t batches                # run so far
     cdef int64_t looked_batches         # how many they were when the clock was last read
     cdef int64_t looked_in_ns           # what it said
@@ -74,6 +76,19 @@ cdef class Slave(Link):
         self.out_packed[i] = buffer
         self.outs[i].data = buffer.data
         return 0
+
+    cdef int on_tick(self, int64_t now) except -1:
+        if self.beat is not None and not self.beat.alive:
+            raise MasterLostError()
+        return 0
+
+    cdef int on_mpi_error(self, int code) except -1:
+        cdef int kind = 0
+        check(MPI_Error_class(code, &kind))
+        if kind in FAILED_CLASSES:
+            raise MasterLostError()
+        raise_mpi_error(code)
+        return -1
 
     def ready(self, facts):
         """Report for work."""
@@ -143,6 +158,7 @@ cdef class Slave(Link):
             self.repost(i)
         elif header.kind == KIND_STOP:
             self.stopped = True
+            self.failed = header.attempt != 0
         elif header.kind == KIND_JOBS and header.body_bytes > INLINE_BYTES:
             with gil:
                 self.expect_body(header, 0, self.job_rows)
@@ -325,6 +341,11 @@ cdef class Slave(Link):
         self.unpost()  # first: what the master says after the goodbye belongs to the next run
         self.say(KIND_BYE, None)
         self.release_held()
+
+    def close(self):
+        """Whatever became of the run: the jobs' own process ends, if there is one."""
+        if self.evaluator is not None:
+            self.evaluator.close()
 
     cdef bint is_clear(self) except -1 nogil:
         """Whether nothing is on its way, neither in nor out."""

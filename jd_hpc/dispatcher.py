@@ -11,13 +11,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jd_hpc import local
-from jd_hpc.errors import JobError
-from jd_hpc.machine import LocalMachine, MPIMachine, as_machine, load_core
+from jd_hpc import ending, local
+from jd_hpc.errors import JobError, MasterLostError
+from jd_hpc.machine import Channel, LocalMachine, MPIMachine, as_machine, load_core
 from jd_hpc.plan import Hook, Plan
 from jd_hpc.signals import Interrupts
+from jd_hpc.survival import Watch
+from jd_hpc.wire import MOST_ATTEMPTS
 
 logger = logging.getLogger("jd_hpc")
+
+ISOLATED_MARGIN_S = 10.0
+"""With isolate the slave ends an overdue job itself; the master steps in when not even that has worked."""
 
 
 class JobDispatcher:
@@ -38,6 +43,22 @@ class JobDispatcher:
         Jobs per message, default 1. For jobs of less than about 100 microseconds a larger grain pays.
     credit : int, optional
         Messages that a slave may hold at once, default 2: one to work on, one to go on with.
+    max_attempts : int
+        A job is given up, and goes to `process_failure`, when so many slaves, or processes of `isolate`, failed while they ran it.
+    job_timeout_s : float, optional
+        What one job may take, in seconds; a message of several may take as many times that. A slave that takes longer gets no
+        more jobs until it answers, and its jobs go to others; with `isolate` the process is ended instead.
+    isolate : bool
+        Run jobs in a process of their own on every slave: a crash, a hang or a job out of memory then costs an attempt of that
+        job, and nothing else, with any MPI and any launcher.
+    memory_limit : int, optional
+        With `isolate`: bytes that the jobs' process may allocate.
+    heartbeat_s : float
+        How often a slave gives a sign of life, from a thread that needs no GIL, in seconds. 0: no signs are asked for.
+    liveness_timeout_s : float
+        Silence after which a slave is suspected, in seconds: its jobs go to others, and it is taken on again when it is heard.
+    local_fallback : bool
+        False: when too few slaves are left, the run ends with SlavesLostError; the master does not do their work.
 
     Raises
     ------
@@ -59,6 +80,8 @@ class JobDispatcher:
         Likewise. Bytes of the largest message; a larger one is refused with an error.
     machine : LocalMachine or MPIMachine
         Tells slots, hosts and who is master.
+    stats : dict of str to int
+        On the master, after a run: how many jobs, messages, slaves lost, suspected and reinstated, batches sent again, late results.
     """
 
     job_dtype: Any = None
@@ -76,15 +99,37 @@ class JobDispatcher:
         *,
         grain: int | None = None,
         credit: int | None = None,
+        max_attempts: int = 3,
+        job_timeout_s: float | None = None,
+        isolate: bool = False,
+        memory_limit: int | None = None,
+        heartbeat_s: float = 0.5,
+        liveness_timeout_s: float = 10.0,
+        local_fallback: bool = True,
     ) -> None:
         self.grain = _number("grain", 1 if grain is None else grain, 1, 1 << 30)
         self.credit = _number("credit", 2 if credit is None else credit, 1, 1 << 10)
         self.max_slaves = None if max_slaves is None else _number("max_slaves", max_slaves, 0, 1 << 30)
         self.min_slaves = _number("min_slaves", min_slaves, 0, 1 << 30)
         self.debug = _number("debug", debug, 0, 2)
+        self.max_attempts = _number("max_attempts", max_attempts, 1, MOST_ATTEMPTS)
+        self.job_timeout_s = None if job_timeout_s is None else _seconds("job_timeout_s", job_timeout_s)
+        self.isolate = bool(isolate)
+        self.memory_limit = None if memory_limit is None else _number("memory_limit", memory_limit, 1 << 20, 1 << 60)
+        self.heartbeat_s = _seconds("heartbeat_s", heartbeat_s, zero=True)
+        self.liveness_timeout_s = _seconds("liveness_timeout_s", liveness_timeout_s)
+        self.local_fallback = bool(local_fallback)
+        if self.liveness_timeout_s < 2 * self.heartbeat_s:
+            raise ValueError(
+                f"liveness_timeout_s = {liveness_timeout_s} must be at least twice heartbeat_s = {heartbeat_s}, or a beat that is a "
+                f"little late would cost a slave its jobs"
+            )
+        if self.memory_limit is not None and not self.isolate:
+            raise ValueError("memory_limit needs isolate=True: a limit on the rank itself would end MPI with the job")
         if self.max_slaves is not None and self.min_slaves > self.max_slaves:
             raise ValueError(f"min_slaves = {min_slaves} is more than max_slaves = {max_slaves}; no run could ever use slaves")
         self.machine: LocalMachine | MPIMachine = as_machine(vm)
+        self.stats: dict[str, int] = {}
 
     # ---- hooks -------------------------------------------------------------------------------------------------------
 
@@ -152,6 +197,9 @@ class JobDispatcher:
     def on_slave_idle(self, slave: int) -> None:
         """Master: a slave has given back all it had, and no job waits."""
 
+    def on_slave_failed(self, slave: int, indices: list[int]) -> None:
+        """Master: a slave was lost, or is suspected; the jobs of these numbers, which it held, go to others."""
+
     def on_job_sent(self, slave: int, index: int) -> None:
         """Master: a job went out to a slave."""
 
@@ -187,12 +235,14 @@ class JobDispatcher:
         core = load_core()
         channel = machine.channel()
         if machine.is_master:
-            master = core.Master(channel.handle, channel.next_run(), channel.body_turn, channel.early)
+            master = core.Master(
+                channel.handle, channel.next_run(), channel.body_turn, channel.early, channel.dead, channel.missing
+            )
             with Interrupts(master):
-                return self._run_master(machine, master)
+                return self._run_master(machine, channel, master)
         slave = core.Slave(channel.handle, channel.next_run(), channel.body_turn)
         with Interrupts(slave):
-            return self._run_slave(slave)
+            return self._run_slave(channel, slave)
 
     def _run_local(self) -> Any:
         try:
@@ -205,13 +255,15 @@ class JobDispatcher:
         finally:
             self.on_shutdown()
 
-    def _run_master(self, machine: MPIMachine, master: Any) -> Any:
+    def _run_master(self, machine: MPIMachine, channel: Channel, master: Any) -> Any:
         usable = machine.size - 1 if self.max_slaves is None else min(self.max_slaves, machine.size - 1)
         alone = usable < max(1, self.min_slaves)
         self._log("run %d: %d slaves%s", master.run, usable, ", too few: the master evaluates the jobs" if alone else "")
         try:
             try:
-                master.begin(self._plan(), 0 if alone else usable)
+                plan = self._plan()
+                master.begin(plan, 0 if alone else usable)
+                self._watch(channel, master, plan)
                 machine.busy = master.busy_slaves
                 self.on_startup()
                 self.reset()
@@ -219,26 +271,44 @@ class JobDispatcher:
             finally:  # the slaves leave the run first, whatever happened
                 machine.busy = None
                 master.stop()
-            self._log("run %d: %s", master.run, master.counters())
+                self.stats = master.counters()
+                channel.note_failures()
+            self._log("run %d: %s", master.run, self.stats)
             return self.postprocess()
         finally:
             self.on_shutdown()
 
-    def _run_slave(self, slave: Any) -> None:
+    def _watch(self, channel: Channel, master: Any, plan: Plan) -> None:
+        """Have the slaves watched."""
+        margin_s = ISOLATED_MARGIN_S if plan.isolate else 0.0
+        listener = channel.listener if plan.heartbeat_s else None
+        watch = Watch(master.scheduler, listener, plan.liveness_timeout_s, plan.job_timeout_s, margin_s)
+        master.watch_over(watch, channel.acknowledge)
+
+    def _run_slave(self, channel: Channel, slave: Any) -> None:
         try:
             try:
                 plan = self._plan()
                 slave.begin(plan)
+                slave.beat = channel.beat_every(plan.heartbeat_s)
                 self.on_startup()
                 slave.ready(plan.facts())
                 if self.debug > 1:
                     self._log("run %d: slave %d is ready", slave.run, slave.rank)
                 slave.serve()
+            except MasterLostError as error:
+                ending.failed(str(error))
+                raise
             except BaseException as error:
                 slave.report(error)
-                raise
-            finally:
                 slave.leave()
+                raise
+            else:
+                slave.leave()
+            finally:
+                slave.close()
+                if slave.failed:
+                    ending.failed("ranks of the run failed")
         finally:
             self.on_shutdown()
 
@@ -277,6 +347,15 @@ def _traced(message: str, hook: Hook | None) -> Hook:
             hook(*args)
 
     return traced
+
+
+def _seconds(name: str, value: float, zero: bool = False) -> float:
+    """Check an option that is a time."""
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} = {value!r} is no number of seconds")
+    if not (0 < value < 1e9 or (zero and value == 0)):
+        raise ValueError(f"{name} = {value} is out of range: it is a number of seconds, more than 0")
+    return float(value)
 
 
 def _number(name: str, value: int, least: int, most: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 
@@ -36,6 +36,26 @@ class ProtocolError(JdError, RuntimeError):
     """A message, or an event, that cannot be."""
 
 
+class MasterLostError(JdError, RuntimeError):
+    """The master is gone: nobody is left to run jobs for."""
+
+    def __init__(self) -> None:
+        super().__init__("the master is gone: its connection ended. What it wrote before it died says why")
+
+
+class SlavesLostError(JdError, RuntimeError):
+    """Too few slaves are left, and the master must not do their work (``local_fallback=False``)."""
+
+    def __init__(self, lost: int, suspected: int) -> None:
+        super().__init__(
+            f"too few slaves are left: {lost} were lost, {suspected} do not answer. With local_fallback=True the master would go "
+            f"on alone"
+        )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return RuntimeError, self.args
+
+
 class MPIError(JdError, RuntimeError):
     """An MPI call failed; the message is the one of MPI."""
 
@@ -58,6 +78,8 @@ class Failure(NamedTuple):
     message: str
     traceback: str
     pickled: bytes | None
+    died: str | None = None
+    """How the process ended that ran the job, if that is what became of it: then the job may have another try."""
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
@@ -78,7 +100,8 @@ class Failure(NamedTuple):
             pickled = None
         if pickled is not None and len(pickled) > REPORT_PART_BYTES:
             pickled = None
-        return cls(type(error).__qualname__, _shortened(text), _shortened(lines), pickled)
+        died = error.how if isinstance(error, ProcessDiedError) else None
+        return cls(type(error).__qualname__, _shortened(text), _shortened(lines), pickled, died)
 
     @classmethod
     def of_all(cls, failures: Iterable[tuple[int, BaseException]]) -> dict[int, Failure]:
@@ -146,13 +169,20 @@ class JobError(RemoteError):
         The job's number.
     slave : int
         The rank that ran it; 0 is the master.
+    attempts : list of (int, str)
+        For a job whose slaves failed, or whose processes died: which slave, and how it ended, for every attempt.
     """
 
-    def __init__(self, index: int, slave: int, failure: Failure) -> None:
+    def __init__(self, index: int, slave: int, failure: Failure, attempts: Sequence[tuple[int, str]] = ()) -> None:
         where = f"slave {slave}" if slave else "the master"
-        super().__init__(f"job {index} failed on {where}: {failure.type_name}: {failure.message}", failure)
+        text = f"job {index} failed on {where}: {failure.type_name}: {failure.message}"
+        if attempts:
+            told = "; ".join(f"slave {slave}: {how}" for slave, how in attempts)
+            text = f"job {index} was given up after {len(attempts)} attempt{'s' * (len(attempts) > 1)} ({told})"
+        super().__init__(text, failure)
         self.index = index
         self.slave = slave
+        self.attempts = list(attempts)
 
 
 class SlaveError(RemoteError):

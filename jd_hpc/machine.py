@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jd_hpc import ending
+from jd_hpc.beats import Connection, Listener
 from jd_hpc.errors import FamilyError, LaunchError
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Comm, Intracomm
+
+logger = logging.getLogger("jd_hpc")
+
+CONNECT_TIMEOUT_S = 10.0
+"""How long a slave tries to reach the master's side channel."""
 
 FAMILIES = {"Open MPI": "openmpi", "MPICH": "mpich", "Intel MPI": "mpich", "MVAPICH": "mpich", "Cray MPICH": "mpich"}
 """What mpi4py calls an MPI, and the family whose binary interface it has."""
@@ -115,6 +124,10 @@ class Channel:
     body_turn : ndarray of uint32
         For each rank, how many bodies were sent to it: kept from run to run, so that a body that a failed run left behind is never
         taken for another one.
+    listener : Listener or None
+        Master: hears the slaves' signs of life (beats.py).
+    dead, missing : set of int
+        Master: ranks whose process is gone, and ranks that did not leave a run when it ended; these may come back.
     """
 
     _keyval: int | None = None
@@ -130,6 +143,62 @@ class Channel:
         self.hosts: dict[str, list[int]] = {}
         for rank, host in enumerate(self.comm.allgather(MPI.Get_processor_name())):
             self.hosts.setdefault(host, []).append(rank)
+        self.dead: set[int] = set()
+        self.missing: set[int] = set()
+        self.listener: Listener | None = None
+        self.connection: Connection | None = None
+        self._connect()
+
+    def _connect(self) -> None:
+        """Open the side channel: collective. Without one a run goes on all the same, but nobody hears who is gone."""
+        from mpi4py import MPI
+
+        trouble = ""
+        offer = None
+        if self.comm.Get_rank() == 0:
+            try:
+                self.listener = Listener(self.comm.Get_size())
+                hosts = {host: self.listener.addresses_for(host) for host in self.hosts}
+                offer = (hosts, self.listener.token)
+            except OSError as error:
+                trouble = f"the master cannot listen: {error}"
+        offer = self.comm.bcast(offer)
+        if offer is not None and self.comm.Get_rank() > 0:
+            try:
+                addresses, token = offer[0][MPI.Get_processor_name()], offer[1]
+                self.connection = Connection.connect(addresses, token, self.comm.Get_rank(), CONNECT_TIMEOUT_S)
+            except OSError as error:
+                trouble = f"rank {self.comm.Get_rank()} cannot reach the master: {error}"
+        troubles = [text for text in self.comm.allgather(trouble) if text]
+        if troubles and self.comm.Get_rank() == 0:
+            logger.warning("No signs of life from all ranks, so that one that dies may go unnoticed: %s", "; ".join(troubles[:3]))
+
+    def beat_every(self, period_s: float) -> Any:
+        """Slave: give a sign of life so often; 0: none. Returns what tells whether the master is there, or None."""
+        if self.connection is None:
+            return None
+        self.connection.beat_every(period_s)
+        return self.connection if period_s else None
+
+    def acknowledge(self) -> list[int]:
+        """Master: ask MPI which ranks it knows to have failed (ULFM), and have it go on without them."""
+        from mpi4py import MPI
+
+        failed = self.comm.Get_failed()
+        self.comm.Ack_failed(failed.Get_size())
+        return list(MPI.Group.Translate_ranks(failed, None, self.comm.Get_group()))
+
+    def note_failures(self) -> None:
+        """Master, after a run: if ranks failed, MPI cannot be finalized when the process ends."""
+        if self.dead or self.missing:
+            ending.failed(f"lost: {sorted(self.dead)}, silent: {sorted(self.missing)}", self._others_gone)
+
+    def _others_gone(self) -> bool:
+        """Whether every rank that may still be at work has closed its connection."""
+        if self.listener is None:
+            return True
+        self.listener.poll(time.monotonic())
+        return not set(self.listener.connected) - self.missing
 
     @classmethod
     def of(cls, comm: Intracomm) -> Channel:
@@ -148,6 +217,10 @@ class Channel:
     @staticmethod
     def _delete(comm: Comm, keyval: int, channel: Channel) -> None:
         """The user frees the communicator, on all ranks: so do we."""
+        if channel.connection is not None:
+            channel.connection.close()
+        if channel.listener is not None:
+            channel.listener.close()
         channel.comm.Free()
 
     @property

@@ -42,6 +42,13 @@ class Plan:
         self.grain: int = dispatcher.grain
         self.credit: int = dispatcher.credit
         self.min_slaves: int = dispatcher.min_slaves
+        self.max_attempts: int = dispatcher.max_attempts
+        self.local_fallback: bool = dispatcher.local_fallback
+        self.isolate: bool = dispatcher.isolate
+        self.heartbeat_s: float = dispatcher.heartbeat_s
+        self.liveness_timeout_s: float = dispatcher.liveness_timeout_s
+        self.job_timeout_s: float | None = dispatcher.job_timeout_s
+        self.memory_limit: int | None = dispatcher.memory_limit
         self.payload_limit: int = dispatcher.payload_limit
         self.allow_nan: bool = bool(dispatcher.allow_nan)
         self.job_dtype = check_dtype(dispatcher.job_dtype, "job_dtype")
@@ -67,6 +74,7 @@ class Plan:
         self.process_results = own("process_results")
         self.on_slave_started = own("on_slave_started")
         self.on_slave_idle = own("on_slave_idle")
+        self.on_slave_failed = own("on_slave_failed")
         self.on_job_sent = own("on_job_sent")
         self.on_result = own("on_result")
         self.kernel = self._kernel(dispatcher.kernel)
@@ -87,8 +95,20 @@ class Plan:
         return max(1, min(READ_AHEAD_BATCHES, READ_AHEAD_JOBS // self.grain, READ_AHEAD_BYTES // batch_bytes))
 
     def evaluator(self) -> Evaluator:
-        """Return what runs a batch of jobs."""
-        return Evaluator(self.process_job, self.process_jobs, self.job_rows, self.result_rows, self.allow_nan, self.kernel)
+        """Return what runs a batch of jobs; whoever asks for it calls `close()` of it at last."""
+        inner = Evaluator(self.process_job, self.process_jobs, self.job_rows, self.result_rows, self.allow_nan, self.kernel)
+        if not self.isolate:
+            return inner
+        from jd_hpc.isolate import IsolatedEvaluator
+
+        return IsolatedEvaluator(
+            inner,
+            self.grain,
+            job_rows=self.job_rows,
+            result_rows=self.result_rows,
+            job_timeout_s=self.job_timeout_s,
+            memory_limit=self.memory_limit,
+        )
 
     def facts(self) -> dict[str, str]:
         """Return what must be the same on all ranks, for a slave's first message."""
@@ -99,6 +119,7 @@ class Plan:
             "grain": str(self.grain),
             "credit": str(self.credit),
             "payload_limit": str(self.payload_limit),
+            "isolate": str(self.isolate),
         }
 
     def differences(self, theirs: dict[str, str]) -> str:

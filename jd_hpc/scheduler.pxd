@@ -41,6 +41,7 @@ cdef class Scheduler:
     # slaves, index 0 unused
     cdef int[::1] slave_state
     cdef int[::1] slave_held            # batches sent to it, not answered
+    cdef long long[::1] slave_answers   # answers that came from it
     cdef int[::1] slave_queued          # 1: stands in the ready queue
     cdef int[::1] ready                 # ring, at most one entry for each slave
     cdef int ready_head
@@ -84,9 +85,11 @@ cdef class Scheduler:
     cpdef int strikes(self, int slot) noexcept nogil
     @cython.locals(slot=cython.int, found=cython.int)
     cpdef int running(self, int slave) noexcept nogil
+    cpdef long long order(self, int slot) noexcept nogil
     cpdef int jobs(self, int slot) noexcept nogil
     cpdef long long first(self, int slot) noexcept nogil
     cpdef int held(self, int slave) noexcept nogil
+    cpdef long long answers(self, int slave) noexcept nogil
     cpdef int state_of_slave(self, int slave) noexcept nogil
     cpdef int state_of_batch(self, int slot) noexcept nogil
     @cython.locals(tail=cython.int)

@@ -74,6 +74,7 @@ class Scheduler:
         self.sent = self.ended = self.resent = self.late = self.refused = self.lost = self.suspected = self.reinstated = 0
         self.slave_state = array("i", bytes(4 * (slave_count + 1)))
         self.slave_held = array("i", bytes(4 * (slave_count + 1)))
+        self.slave_answers = array("q", bytes(8 * (slave_count + 1)))
         self.slave_queued = array("i", bytes(4 * (slave_count + 1)))
         self.ready = array("i", bytes(4 * (slave_count + 1)))
         self.ready_head = self.ready_length = 0
@@ -179,6 +180,7 @@ class Scheduler:
         if slave < 0 or slave > self.slave_count or slot < 0 or slot >= self.batch_count or attempt < 0:
             self.refused += 1
             return VERDICT_REFUSED
+        self.slave_answers[slave] += 1
         state = self.batch_state[slot]
         if state < BATCH_WAITING or self.batch_first[slot] != first:
             self.late += 1
@@ -270,6 +272,10 @@ class Scheduler:
                 found = slot
         return found
 
+    def order(self, slot: int) -> int:
+        """What `sent` was when the slot's batch was dispatched last: tells which of two a slave got first."""
+        return self.batch_order[slot]
+
     def jobs(self, slot: int) -> int:
         """How many jobs the slot's batch has."""
         return self.batch_jobs[slot]
@@ -281,6 +287,10 @@ class Scheduler:
     def held(self, slave: int) -> int:
         """How many batches the slave holds."""
         return self.slave_held[slave]
+
+    def answers(self, slave: int) -> int:
+        """How many answers came from the slave, late and refused ones included."""
+        return self.slave_answers[slave]
 
     def state_of_slave(self, slave: int) -> int:
         """SLAVE_ABSENT, SLAVE_UP, SLAVE_LOST or SLAVE_SUSPECT."""

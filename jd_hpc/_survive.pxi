@@ -1,0 +1,168 @@
+# What the master does about slaves that fail: between _jobs.pxi, which sends, and _master.pxi, which runs the loop.
+
+cdef class Survivor(JobSender):
+    """Carries out what the watch (survival.py) decides, and keeps what is known of jobs whose slaves failed."""
+    cdef object watch                   # survival.Watch, or None: nobody is watched
+    cdef object acknowledge             # asks MPI which ranks it knows to have failed
+    cdef readonly set dead              # ranks whose process is gone: the channel's set, for the runs to come
+    cdef readonly set missing           # ranks that did not leave the run: likewise, but they may come back
+    cdef dict histories                 # slot → [(slave, how)] of a batch that was struck
+    cdef object again                   # (index, job, strikes, history) of jobs that go out one by one
+    cdef int again_count
+    cdef bint mpi_failed                # an MPI call told of a rank that failed
+    cdef bint attention                 # there are parcels, or a failure
+    cdef object failure                 # raised by run_jobs
+    cdef bint stopping
+    cdef int *gone                      # for each rank: nobody waits for it any more
+    cdef int *said_bye                  # likewise: it has left the run
+    cdef int64_t grace_ns               # how long those that may come back are waited for at the end
+    cdef int64_t stragglers_since_ns
+
+    def __dealloc__(self):
+        free(self.gone)
+        free(self.said_bye)
+
+    cdef int fail(self, object error) except -1:
+        if self.failure is None:
+            self.failure = error
+        self.attention = True
+        return 0
+
+    def watch_over(self, watch, acknowledge):
+        """Have a watch, and what asks MPI for failed ranks. To be called after `begin`."""
+        self.watch, self.acknowledge = watch, acknowledge
+
+    cdef int on_tick(self, int64_t now) except -1:
+        if self.watch is None:
+            return 0
+        try:
+            if self.mpi_failed:
+                self.mpi_failed = False
+                for rank in self.acknowledge():
+                    self.lose(rank, "MPI reports that the process failed")
+            for slave, what, how in self.watch.tick(now * 1e-9):
+                if what == "lost":
+                    self.lose(slave, how)
+                elif what == "suspect":
+                    self.suspect(slave, how)
+                elif self.scheduler.on_ready(slave) == 0:
+                    logger.warning("slave %d is taken on again: %s", slave, how)
+            if self.stopping:
+                self.look_for_stragglers(now)
+        except BaseException as error:
+            self.fail(error)
+        return 0
+
+    cdef int on_mpi_error(self, int code) except -1:
+        """An error that tells of a failed rank is the watch's business; any other one is raised."""
+        cdef int kind = 0
+        check(MPI_Error_class(code, &kind))
+        if self.acknowledge is None or kind not in FAILED_CLASSES:
+            raise_mpi_error(code)
+        self.mpi_failed = True
+        return 1
+
+    # ---- slaves go -----------------------------------------------------------------------------------------------
+
+    cdef int lose(self, int slave, str how) except -1:
+        """A slave's process is gone, or as good as gone."""
+        if slave in self.dead:
+            return 0
+        if how.startswith("silent"):
+            self.missing.add(slave)
+        else:
+            self.dead.add(slave)
+            self.forget(slave)
+        if slave > self.scheduler.slave_count:  # a rank that is not used
+            return 0
+        return self.take_back(slave, how, True)
+
+    cdef int forget(self, int rank) except -1:
+        """Nobody waits for this rank any more. A receive from it may hang for ever if it is waited for, or cancelled."""
+        cdef int i
+        self.gone[rank] = True
+        for i in range(self.body_count - 1, -1, -1):
+            if self.bodies[i].source == rank:
+                aside.append(self.take_body(i))
+        return 0
+
+    cdef int look_for_stragglers(self, int64_t now) except -1:
+        """At the end of a run: once only ranks that do not answer are waited for, they get a little more time."""
+        cdef int rank
+        cdef list stragglers = [rank for rank in range(1, self.size) if not (self.said_bye[rank] or self.gone[rank])]
+        for rank in stragglers:
+            if rank not in self.missing and (rank > self.scheduler.slave_count or self.scheduler.state_of_slave(rank) < SLAVE_LOST):
+                self.stragglers_since_ns = 0
+                return 0
+        if self.stragglers_since_ns == 0:
+            self.stragglers_since_ns = now
+        elif now - self.stragglers_since_ns > self.grace_ns:
+            for rank in stragglers:
+                logger.warning("rank %d does not leave the run: nobody waits for it any longer", rank)
+                self.missing.add(rank)
+                self.forget(rank)
+        return 0
+
+    cdef int suspect(self, int slave, str how) except -1:
+        if self.scheduler.state_of_slave(slave) == SLAVE_UP:
+            self.take_back(slave, how, False)
+        return 0
+
+    cdef int take_back(self, int slave, str how, bint lost) except -1:
+        """What the slave holds goes to others."""
+        cdef int slot, struck = self.scheduler.running(slave)
+        cdef list indices = []
+        if self.scheduler.state_of_slave(slave) == SLAVE_LOST:
+            return 0
+        for slot in range(self.scheduler.batch_count):
+            if self.scheduler.holder(slot) == slave and self.scheduler.state_of_batch(slot) == BATCH_SENT:
+                indices.extend(range(self.scheduler.first(slot), self.scheduler.first(slot) + self.scheduler.jobs(slot)))
+        if struck >= 0 and self.scheduler.state_of_batch(struck) == BATCH_SENT:
+            self.histories.setdefault(struck, []).append((slave, how))
+        if lost:
+            self.scheduler.on_lost(slave)
+        else:
+            self.scheduler.on_suspect(slave)
+        logger.warning("slave %d is %s: %s; its %d jobs go to others", slave, "lost" if lost else "suspected", how, len(indices))
+        self.attention = True
+        if self.plan.on_slave_failed is not None and not self.stopping:
+            self.plan.on_slave_failed(slave, sorted(indices))
+        return 0
+
+    # ---- jobs go out again ---------------------------------------------------------------------------------------
+
+    cdef int take_apart(self, int slot) except -1:
+        """The jobs of a batch that was struck go out one by one, so that only the one to blame is given up."""
+        cdef int i, count = self.scheduler.jobs(slot), strikes = self.scheduler.strikes(slot)
+        cdef int64_t first = self.scheduler.first(slot)
+        cdef list history = self.histories.pop(slot, [])
+        cdef object jobs = self.jobs_of(slot, count)
+        for i in range(count):
+            self.retry(first + i, row_of(self.job_rows, jobs, i), strikes, history)
+        return self.release_slot(slot)
+
+    cdef int retry(self, int64_t index, object job, int strikes, list history) except -1:
+        self.again.append((index, job, strikes, list(history)))
+        self.again_count += 1
+        return 0
+
+    cdef int fetch_again(self) except -1:
+        """Jobs that go out once more come before new ones."""
+        cdef int slot, strikes
+        while self.again_count and self.room() > 0:
+            index, job, strikes, history = self.again.popleft()
+            self.again_count -= 1
+            slot = self.open_slot()
+            if self.job_rows is None:
+                self.pack_slot(slot, [job])
+            else:
+                self.job_rows.put(self.slots[slot].data + HEADER_BYTES, job, "a job that goes out again")
+            self.submit(slot, index, 1, strikes)
+            self.histories[slot] = history
+        return 0
+
+    cdef int release_slot(self, int slot) except -1:
+        self.slot_jobs[slot] = None
+        if self.scheduler.release(slot) < 0:
+            raise ProtocolError("cannot release " + self.scheduler.describe(slot))
+        return 0
