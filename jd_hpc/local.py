@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jd_hpc._batch import Buffer
+from jd_hpc._batch import Buffer, Evaluator
 from jd_hpc.errors import Failure, JobError, PayloadError
 from jd_hpc.payload import as_rows, block_length, check_finite
 from jd_hpc.plan import Plan
+
+Attempts = list[tuple[int, str]]
 
 
 def run_jobs(plan: Plan) -> int:
@@ -25,21 +27,43 @@ def run_jobs(plan: Plan) -> int:
     """
     evaluator = plan.evaluator()
     first = 0
-    while True:
-        jobs = _next_batch(plan, first)
-        count = len(jobs)
-        if count == 0:
-            return first
-        objects: list[Any] | None = None
-        out = None
-        if plan.result_rows is None:
-            objects = [None] * count
-        else:
-            out = Buffer(count * plan.result_rows.row_bytes, plan.result_rows, 0, True)
-        failures = Failure.of_all(evaluator.evaluate(jobs, count, out, objects))
-        results = objects if out is None else _read_only(out.rows.copy() if out.kept() else out.rows)
-        _deliver(plan, first, jobs, results, failures)
-        first += count
+    try:
+        while len(jobs := _next_batch(plan, first)):
+            results, failures = _evaluate(plan, evaluator, jobs)
+            attempts = _try_again(plan, evaluator, jobs, results, failures)
+            _deliver(plan, first, jobs, results if isinstance(results, list) else _read_only(results), failures, attempts)
+            first += len(jobs)
+    finally:
+        evaluator.close()
+    return first
+
+
+def _evaluate(plan: Plan, evaluator: Evaluator, jobs: Any) -> tuple[Any, dict[int, Failure]]:
+    """Return the results of a batch, rows or objects, and what failed."""
+    count = len(jobs)
+    if plan.result_rows is None:
+        objects: list[Any] = [None] * count
+        return objects, Failure.of_all(evaluator.evaluate(jobs, count, None, objects))
+    out = Buffer(count * plan.result_rows.row_bytes, plan.result_rows, 0, True)
+    failures = Failure.of_all(evaluator.evaluate(jobs, count, out, None))
+    return out.rows.copy() if out.kept() else out.rows, failures
+
+
+def _try_again(plan: Plan, evaluator: Evaluator, jobs: Any, results: Any, failures: dict[int, Failure]) -> dict[int, Attempts]:
+    """Run once more, one by one, what killed the process that ran it (isolate). Returns how every attempt of these ended."""
+    attempts: dict[int, Attempts] = {at: [(0, failure.died)] for at, failure in failures.items() if failure.died is not None}
+    for at, history in attempts.items():
+        while len(history) < plan.max_attempts:
+            result, failed = _evaluate(plan, evaluator, jobs[at : at + 1])
+            del failures[at]
+            if not failed:
+                results[at] = result[0]
+                break
+            failures[at] = failed[0]
+            if failed[0].died is None:
+                break
+            history.append((0, failed[0].died))
+    return attempts
 
 
 def _next_batch(plan: Plan, first: int) -> Any:
@@ -73,7 +97,9 @@ def _row(job: Any, dtype: np.dtype[Any], index: int) -> NDArray[Any]:
         raise
 
 
-def _deliver(plan: Plan, first: int, jobs: Any, results: Any, failures: dict[int, Failure]) -> None:
+def _deliver(
+    plan: Plan, first: int, jobs: Any, results: Any, failures: dict[int, Failure], attempts: dict[int, Attempts]
+) -> None:
     """Hand over a batch: results first where they go as a block, else in the order of the jobs."""
     if plan.process_results is not None and len(failures) < len(jobs):
         good = [at for at in range(len(jobs)) if at not in failures]
@@ -81,7 +107,7 @@ def _deliver(plan: Plan, first: int, jobs: Any, results: Any, failures: dict[int
         plan.process_results(indices, _pick(jobs, good), _pick(results, good))
     for at in range(len(jobs)):
         if at in failures:
-            plan.process_failure(first + at, jobs[at], JobError(first + at, 0, failures[at]))
+            plan.process_failure(first + at, jobs[at], JobError(first + at, 0, failures[at], attempts.get(at, ())))
         elif plan.process_results is None:
             plan.process_result(first + at, jobs[at], results[at])
 
