@@ -3,12 +3,14 @@
 from jd_hpc.dispatcher import JobDispatcher
 from jd_hpc.errors import (
     FamilyError,
+    IsolationError,
     JdError,
     JobError,
     KernelError,
     LaunchError,
     MPIError,
     PayloadError,
+    ProcessDiedError,
     ProtocolError,
     RanksDisagreeError,
     SlaveError,
@@ -19,6 +21,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FamilyError",
+    "IsolationError",
     "JdError",
     "JobDispatcher",
     "JobError",
@@ -28,6 +31,7 @@ __all__ = [
     "MPIError",
     "MPIMachine",
     "PayloadError",
+    "ProcessDiedError",
     "ProtocolError",
     "RanksDisagreeError",
     "SlaveError",

@@ -39,18 +39,30 @@ cdef class Buffer:
     cdef Buffer unshared(self)
 
 
+@cython.final
+cdef class SharedNumber:
+    cdef int64_t[::1] memory            # keeps the bytes alive
+    cdef int64_t *number
+
+
 cdef class Evaluator:
-    cdef object process_job
-    cdef object process_jobs            # None: use the single form
-    cdef Rows job_rows                  # None: objects
-    cdef Rows result_rows
-    cdef bint allow_nan
+    cdef readonly object process_job
+    cdef readonly object process_jobs   # None: use the single form
+    cdef readonly Rows job_rows         # None: objects
+    cdef readonly Rows result_rows
+    cdef readonly bint allow_nan
     cdef readonly object kernel         # what the user gave, kept alive; None: Python hooks
     cdef kernel_t function
     cdef void *user_data
+    cdef int64_t *running               # the offset of the job that runs
+    cdef int64_t own_running            # where that is, if nobody watches
+    cdef SharedNumber watched           # keeps it alive, if somebody does
+    cdef object on_failure              # told of a failure before the next job runs, or None
+    cdef object codes                   # gets what the kernel returned, or None
     cdef int _singly(self, object jobs, int count, Buffer out, list results, list failures) except -1
     cdef int _block(self, object jobs, int count, Buffer out, list results, list failures) except -1
     cdef int _kernel(self, object jobs, int count, Buffer out, list failures) except -1
-    cdef int _check_nan(self, int count, Buffer out, list failures) except -1
     cdef int run_kernel(self, const char *jobs, char *results, int count, int32_t *codes) noexcept nogil
+    cdef int run_watched(self, const char *jobs, char *results, int count, int32_t *codes) noexcept nogil
+    cpdef int check_nan(self, int count, Buffer out, list failures) except -1
     cpdef list evaluate(self, object jobs, int count, Buffer out, list results)

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import disjoint_base
 
-from jd_hpc.errors import KernelError
+from jd_hpc.errors import Failure, KernelError
 from jd_hpc.kernel import Kernel
 
 @disjoint_base
@@ -23,11 +23,30 @@ class Buffer:
     rows: NDArray[Any]  # None without a codec
     size: int
     offset: int
-    def __init__(self, size: int, codec: Rows | None = None, offset: int = 0, writeable: bool = False) -> None: ...
+    def __init__(
+        self,
+        size: int,
+        codec: Rows | None = None,
+        offset: int = 0,
+        writeable: bool = False,
+        memory: NDArray[np.uint8] | None = None,
+    ) -> None: ...
     def kept(self) -> bool: ...
+
+@final
+class SharedNumber:
+    def __init__(self, memory: NDArray[np.int64], at: int) -> None: ...
+    def get(self) -> int: ...
+    def set(self, value: int) -> None: ...
+    def becomes(self, value: int, most_ns: int) -> bool: ...
 
 @disjoint_base
 class Evaluator:
+    process_job: Callable[..., Any]
+    process_jobs: Callable[..., Any] | None
+    job_rows: Rows | None
+    result_rows: Rows | None
+    allow_nan: bool
     kernel: Kernel | None
     def __init__(
         self,
@@ -38,8 +57,13 @@ class Evaluator:
         allow_nan: bool,
         kernel: Kernel | None = None,
     ) -> None: ...
+    def close(self) -> None: ...
+    def watch(
+        self, running: SharedNumber, on_failure: Callable[[int, BaseException], None], codes: NDArray[np.int32] | None
+    ) -> None: ...
+    def check_nan(self, count: int, out: Buffer, failures: list[tuple[int, BaseException]]) -> int: ...
     def evaluate(
         self, jobs: Any, count: int, out: Buffer | None, results: list[Any] | None
-    ) -> list[tuple[int, BaseException]]: ...
+    ) -> list[tuple[int, BaseException | Failure]]: ...
 
 def kernel_failures(codes: Iterable[int]) -> list[tuple[int, KernelError]]: ...

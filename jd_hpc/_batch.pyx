@@ -5,18 +5,31 @@ The rules it keeps:
 
 - A hook may keep whatever it is given. A buffer that somebody still refers to (`Buffer.kept`) is left to them and replaced,
   so nothing is ever copied in case somebody might.
+- What runs a batch in a process of its own (isolate.py) can tell afterwards how far it came: the job that runs is noted before it
+  does, and its failure is told before the next one runs.
 - What a hook returns either is exactly what was declared, or is refused (payload.py): never cut, broadcast or wrapped.
 """
 from cpython.object cimport PyObject, PyTypeObject
 from cpython.ref cimport Py_INCREF
 from libc.stdint cimport int32_t, int64_t, uintptr_t
 from libc.string cimport memcpy, memset
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+cimport cython
 cimport numpy as cnp
 
 import numpy as np
 
 from jd_hpc.errors import KernelError, PayloadError
 from jd_hpc.payload import as_rows, check_finite
+
+cdef extern from *:
+    int64_t __atomic_load_n(int64_t *number, int order) nogil
+    void __atomic_store_n(int64_t *number, int64_t value, int order) nogil
+    int __ATOMIC_ACQUIRE
+    int __ATOMIC_RELEASE
+
+cdef extern from "sched.h" nogil:
+    int sched_yield()
 
 cdef extern from "Python.h":
     Py_ssize_t Py_REFCNT(PyObject *held)  # takes a pointer: passing an object would count the argument itself
@@ -114,14 +127,18 @@ cdef class Buffer:
         Whose rows lie in it, from byte `offset` on.
     writeable : bool
         Whether a hook may write to the rows.
+    memory : None or numpy.ndarray
+        The bytes, if they are not to be its own: `size` of uint8.
     """
 
-    def __init__(self, int64_t size, Rows codec=None, int64_t offset=0, bint writeable=False):
+    def __init__(self, int64_t size, Rows codec=None, int64_t offset=0, bint writeable=False, cnp.ndarray memory=None):
         self.size = size
         self.codec = codec
         self.offset = offset
         self.writeable = writeable
-        self.memory = np.empty(size, "u1")
+        if memory is not None and (memory.dtype != "u1" or memory.nbytes != size or not memory.flags.c_contiguous):
+            raise ValueError("a buffer of %d bytes needs so many bytes in one piece" % size)
+        self.memory = np.empty(size, "u1") if memory is None else memory[:]
         self.data = <char *> cnp.PyArray_DATA(self.memory)
         self.rows = None
         if codec is not None:
@@ -129,7 +146,10 @@ cdef class Buffer:
             self.rows = np.ndarray(((size - offset) // codec.row_bytes,), codec.dtype, self.memory, offset)
 
     cpdef bint kept(self) noexcept:
-        """Whether anybody else still refers to these bytes: more than this object, and `rows`, whose base they are."""
+        """Whether anybody else still refers to these bytes: more than this object, and `rows`, whose base they are.
+
+        Of bytes that are not its own nobody can tell: no hook may see those.
+        """
         if self.rows is None:
             return Py_REFCNT(<PyObject *> self.memory) > 1
         return Py_REFCNT(<PyObject *> self.memory) > 2 or Py_REFCNT(<PyObject *> self.rows) > 1
@@ -141,6 +161,51 @@ cdef class Buffer:
     cdef Buffer unshared(self):
         """Itself, or a fresh one if somebody holds this one."""
         return self.like() if self.kept() else self
+
+
+@cython.final
+cdef class SharedNumber:
+    """A number in memory that two processes share. Whoever sees a value sees all that was written before it was set.
+
+    Parameters
+    ----------
+    memory : numpy.ndarray
+        int64, one axis.
+    at : int
+        Which of them it is.
+    """
+
+    def __init__(self, int64_t[::1] memory, int at):
+        if not 0 <= at < memory.shape[0]:
+            raise IndexError("number %d of %d" % (at, memory.shape[0]))
+        self.memory = memory
+        self.number = &memory[at]
+
+    def get(self):
+        """Return it."""
+        return __atomic_load_n(self.number, __ATOMIC_ACQUIRE)
+
+    def set(self, int64_t value):
+        """Set it."""
+        __atomic_store_n(self.number, value, __ATOMIC_RELEASE)
+
+    def becomes(self, int64_t value, int64_t most_ns):
+        """Whether it becomes `value` within `most_ns`; until then the core goes to whoever wants it."""
+        cdef int64_t end_ns
+        cdef bint it_is
+        with nogil:
+            end_ns = monotonic_ns() + most_ns
+            it_is = __atomic_load_n(self.number, __ATOMIC_ACQUIRE) == value
+            while not it_is and monotonic_ns() < end_ns:
+                sched_yield()
+                it_is = __atomic_load_n(self.number, __ATOMIC_ACQUIRE) == value
+        return it_is
+
+
+cdef int64_t monotonic_ns() noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)  # cannot fail: this clock is always there
+    return <int64_t> now.tv_sec * 1000000000 + now.tv_nsec
 
 
 cdef class Evaluator:
@@ -170,6 +235,27 @@ cdef class Evaluator:
         if kernel is not None:
             self.function = <kernel_t> <uintptr_t> kernel[1]
             self.user_data = <void *> <uintptr_t> kernel[2]
+        self.running = &self.own_running
+
+    def close(self):
+        """Give back what it needed; there is nothing here."""
+
+    def watch(self, SharedNumber running, on_failure, codes):
+        """Leave a trace of every batch from now on, for whoever finds it unfinished.
+
+        Parameters
+        ----------
+        running : SharedNumber
+            Becomes the offset of the job that runs, and `count` when all have; the block form leaves it alone.
+        on_failure : callable
+            Called with (offset, exception) before the next job runs; a kernel's and a block's failures are returned only.
+        codes : numpy.ndarray or None
+            int32, as long as a batch: gets what the kernel returned.
+        """
+        self.watched = running
+        self.running = running.number
+        self.on_failure = on_failure
+        self.codes = codes
 
     cdef int run_kernel(self, const char *jobs, char *results, int count, int32_t *codes) noexcept nogil:
         """Call the kernel for every row; note what it returned, and return how many calls failed."""
@@ -180,6 +266,15 @@ cdef class Evaluator:
             if codes[i] != 0:
                 failed += 1
                 memset(results + i * result_bytes, 0, result_bytes)
+        return failed
+
+    cdef int run_watched(self, const char *jobs, char *results, int count, int32_t *codes) noexcept nogil:
+        """The same, and note which call it is: run_kernel has no time for that."""
+        cdef int i, failed = 0
+        for i in range(count):
+            self.running[0] = i
+            failed += self.run_kernel(jobs + i * self.job_rows.row_bytes, results + i * self.result_rows.row_bytes, 1, codes + i)
+        self.running[0] = count
         return failed
 
     cpdef list evaluate(self, object jobs, int count, Buffer out, list results):
@@ -202,6 +297,7 @@ cdef class Evaluator:
         cdef char *where
         cdef object result
         for i in range(count):
+            self.running[0] = i
             try:
                 result = self.process_job(jobs[i])
                 if self.result_rows is None:
@@ -215,6 +311,9 @@ cdef class Evaluator:
                 raise
             except BaseException as error:
                 failures.append((i, error))
+                if self.on_failure is not None:
+                    self.on_failure(i, error)
+        self.running[0] = count
         return 0
 
     cdef int _block(self, object jobs, int count, Buffer out, list results, list failures) except -1:
@@ -235,22 +334,26 @@ cdef class Evaluator:
                 error = ValueError("process_jobs changed the length of results from %d to %d" % (count, len(results)))
                 failures.extend([(i, error) for i in range(count)])
         else:
-            self._check_nan(count, out, failures)
+            self.check_nan(count, out, failures)
         return 0
 
     cdef int _kernel(self, object jobs, int count, Buffer out, list failures) except -1:
         cdef cnp.ndarray rows = jobs
-        cdef int32_t[::1] codes = np.zeros(count, "i4")
+        cdef int32_t[::1] codes = np.zeros(count, "i4") if self.codes is None else self.codes
         cdef char *where = <char *> cnp.PyArray_DATA(rows)
         cdef int failed
         with nogil:
-            failed = self.run_kernel(where, out.data + out.offset, count, &codes[0])
+            if self.watched is None:
+                failed = self.run_kernel(where, out.data + out.offset, count, &codes[0])
+            else:
+                failed = self.run_watched(where, out.data + out.offset, count, &codes[0])
         if failed:
             failures.extend(kernel_failures(codes[:count]))
-        self._check_nan(count, out, failures)
+        self.check_nan(count, out, failures)
         return 0
 
-    cdef int _check_nan(self, int count, Buffer out, list failures) except -1:
+    cpdef int check_nan(self, int count, Buffer out, list failures) except -1:
+        """Add a failure for each of the first `count` results that contains NaN, where that is illegal."""
         cdef int i
         if self.allow_nan:
             return 0

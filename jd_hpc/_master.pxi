@@ -378,7 +378,7 @@ cdef class Master(Survivor):
         cdef int strikes = self.scheduler.strikes(slot) + 1
         if failure.died is not None:
             history = [*history, (slave, failure.died)]
-            if strikes < self.scheduler.max_attempts and not self.is_alone():
+            if strikes < self.scheduler.max_attempts:
                 return self.retry(index, job, strikes, history)
         self.plan.process_failure(index, job, JobError(index, slave, failure, history))
         return 0
@@ -395,7 +395,7 @@ cdef class Master(Survivor):
 
     cdef int work_locally(self) except -1:
         """Too few slaves are left: the master runs one batch itself."""
-        cdef int slot = self.scheduler.assign_local(), count
+        cdef int slot = self.scheduler.assign_local(self.plan.isolate), count
         cdef Buffer out = None
         cdef list objects = None
         if not self.plan.local_fallback and self.scheduler.lost + self.scheduler.suspected > 0:
@@ -463,6 +463,8 @@ cdef class Master(Survivor):
                 while not self.is_over(stops):
                     self.rest(self.take_in() or (self.body_count > 0 and self.take_bodies()))
             self.unpost()
+            if self.evaluator is not None:
+                self.evaluator.close()
             if self.dead or self.missing:
                 aside.extend((buffers, self.slot_buffers, self.slab))  # what was sent to them may still be read
         except BaseException:

@@ -36,6 +36,26 @@ class ProtocolError(JdError, RuntimeError):
     """A message, or an event, that cannot be."""
 
 
+class ProcessDiedError(JdError):
+    """The process that ran the job died, or had to be killed.
+
+    Parameters
+    ----------
+    how : str
+        What became of it: "killed by SIGSEGV", "left with exit code 3", "ran longer than job_timeout_s = 5",
+        "over memory_limit = 100000000 bytes".
+    """
+
+    def __init__(self, how: str) -> None:
+        super().__init__(how)  # nothing else, so that it survives pickling
+        self.how = how
+
+    def __str__(self) -> str:
+        return f"the process that ran the job died: {self.how}"
+
+
+class IsolationError(JdError, RuntimeError):
+    """The process that is to run the jobs cannot be started."""
 class MasterLostError(JdError, RuntimeError):
     """The master is gone: nobody is left to run jobs for."""
 
@@ -82,8 +102,13 @@ class Failure(NamedTuple):
     """How the process ended that ran the job, if that is what became of it: then the job may have another try."""
 
     @classmethod
-    def of(cls, error: BaseException) -> Failure:
-        """Describe an exception that was caught. The exception itself comes along if it survives pickling."""
+    def of(cls, error: BaseException | Failure) -> Failure:
+        """Describe an exception that was caught. The exception itself comes along if it survives pickling.
+
+        A description made elsewhere stays what it is.
+        """
+        if isinstance(error, Failure):
+            return error
         try:
             text = str(error)
         except Exception:
@@ -104,7 +129,7 @@ class Failure(NamedTuple):
         return cls(type(error).__qualname__, _shortened(text), _shortened(lines), pickled, died)
 
     @classmethod
-    def of_all(cls, failures: Iterable[tuple[int, BaseException]]) -> dict[int, Failure]:
+    def of_all(cls, failures: Iterable[tuple[int, BaseException | Failure]]) -> dict[int, Failure]:
         """Describe the failures of a batch, given as (offset, exception); one that failed many jobs is described once."""
         reports: dict[int, Failure] = {}
         told = {}

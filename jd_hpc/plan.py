@@ -104,8 +104,6 @@ class Plan:
         return IsolatedEvaluator(
             inner,
             self.grain,
-            job_rows=self.job_rows,
-            result_rows=self.result_rows,
             job_timeout_s=self.job_timeout_s,
             memory_limit=self.memory_limit,
         )

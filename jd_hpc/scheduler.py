@@ -13,7 +13,8 @@ The rules it keeps:
   still holds those very jobs and that attempt was made. Job numbers never repeat, so an old answer cannot match a new batch.
 - A slave runs its batches in the order in which it got them. When it is lost or suspected, the oldest one is struck: it may be
   the cause. A batch of several jobs that has one strike left is named by `next_given_up` too, for the caller to `submit` its jobs
-  one by one: then only the job that is to blame is given up at last. A batch that was struck never runs on the master.
+  one by one: then only the job that is to blame is given up at last. A batch that was struck never runs in the
+  master's own process.
 - A slot whose jobs ended is used again only when the caller has released it and no live slave still works on it.
 
 It takes events (`on_...`) and returns commands: `assign` (send this slot to its `holder`), verdicts (deliver this) and
@@ -143,11 +144,14 @@ class Scheduler:
             self._queue_slave(slave)
         return slot
 
-    def assign_local(self) -> int:
-        """Give the batch that waits first to the master itself (slave 0): its slot, or -1. Those that were struck are given up."""
+    def assign_local(self, struck_too: bool = False) -> int:
+        """Give the batch that waits first to the master itself (slave 0): its slot, or -1.
+
+        Those that were struck are given up, unless the master runs jobs in a process of their own and `struck_too` is set.
+        """
         while self.waiting_count > 0:
             slot = self._next_batch()
-            if self.batch_strikes[slot] == 0:
+            if struck_too or self.batch_strikes[slot] == 0:
                 self.batch_state[slot] = BATCH_SENT
                 self.batch_slave[slot] = 0
                 self.sent += 1
