@@ -1,0 +1,192 @@
+"""The process over each rank that talks the launcher out of killing everybody when one rank dies.
+
+The rules it keeps:
+
+1. The launcher sees its process end only in order: 0, whatever became of the rank in it. Only rank 0's own code is passed on.
+2. A rank that did not say that it ends in order died. Its supervisor then lingers, because launchers with default flags kill
+   everybody as soon as a process ends that did not finalize MPI. For that it keeps all files of the rank open, also Hydra's PMI_FD.
+3. Nobody outlives anybody for long: the rank dies with its supervisor (PDEATHSIG), the supervisor looks after its launcher and,
+   while it lingers, after rank 0's supervisor.
+4. The rank is a process like any other: same group, same terminal, same stdin. The supervisor never reads, prints or imports MPI.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import NoReturn
+
+from jd_hpc.errors import LaunchError
+
+RANK_VARIABLES = ("PMIX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+"""Where launchers say the rank, the most telling first: an mpiexec that srun started inherits srun's."""
+LINGER_VARIABLE = "JD_HPC_LINGER"
+"""0: the launcher was told (see launch.py) to bear a rank that ends, so that nobody need linger."""
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2)
+LOOK_EVERY_S = 0.5
+"""How long a launcher's or rank 0's end may go unnoticed."""
+MERCY_S = 5.0
+"""After the launcher is gone the rank gets TERM, and after this time KILL."""
+
+_PR_SET_PDEATHSIG = 1
+_SI_KERNEL = 0x80  # the terminal's own signals: the whole foreground group has them already
+_IN_ORDER = b"."
+
+
+class _Rank:
+    """What the process below a supervisor knows of it: the pipe, and who may use it (a process forked later may not)."""
+
+    notice_fd: int | None = None
+    pid: int | None = None
+
+
+def rank_of(environ: dict[str, str]) -> int | None:
+    """Return the rank that the launcher gave to this process, or None if no launcher did."""
+    for name in RANK_VARIABLES:
+        with contextlib.suppress(KeyError, ValueError):
+            return int(environ[name])
+    return None
+
+
+def supervise() -> None:
+    """Put a supervisor over this process. Call it before mpi4py.MPI is imported.
+
+    The process forks. The child returns from here and becomes the rank; the parent waits for it, and its exit code is 0 whatever became
+    of the rank, except over rank 0: there it is rank 0's own, or 128 + the signal that killed it. TERM, INT, HUP, QUIT and USR2 that are
+    sent to the parent are passed on; USR1, which Hydra sends to all survivors of a death, does nothing in either process unless the
+    script puts a handler. A signal that was sent to the whole process group thus reaches the rank twice.
+
+    Nothing happens where no launcher is found, or in a rank that has a supervisor already.
+
+    Raises
+    ------
+    LaunchError
+        If MPI was imported before: the parent would be a part of the run.
+    """
+    rank = rank_of(dict(os.environ))
+    if rank is None or _Rank.pid == os.getpid():
+        return
+    if "mpi4py.MPI" in sys.modules:
+        raise LaunchError("supervise() came after mpi4py.MPI was imported. Cure: call it first, or start with: python -m jd_hpc script.py")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    libc = ctypes.CDLL(None, use_errno=True)  # loaded before the fork: the child must be under guard at once
+    read_fd, notice_fd = os.pipe()
+    supervisor, launcher = os.getpid(), os.getppid()
+    # Blocked from before the fork, so that no signal comes in between; the parent then fetches them one by one.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*PASSED_ON, signal.SIGUSR1, signal.SIGCHLD})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # idle threads of a BLAS library; theirs do survive a fork
+        child = os.fork()
+    if child:
+        os.close(notice_fd)
+        _supervise(child, rank, launcher, read_fd)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != supervisor:
+        os._exit(1)
+    os.close(read_fd)
+    _Rank.notice_fd, _Rank.pid = notice_fd, os.getpid()
+    if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
+        signal.signal(signal.SIGUSR1, _do_nothing)  # before MPI starts: MPICH's own handler calls the one it finds
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def say_in_order() -> None:
+    """Tell the supervisor that this rank ends in order: it finalizes MPI, or has none to finalize. Otherwise it died."""
+    if _Rank.notice_fd is not None and _Rank.pid == os.getpid():
+        with contextlib.suppress(OSError):
+            os.write(_Rank.notice_fd, _IN_ORDER)
+            os.close(_Rank.notice_fd)
+        _Rank.notice_fd = None
+
+
+def is_supervised() -> bool:
+    """Tell whether this process is a rank below a supervisor."""
+    return _Rank.pid == os.getpid()
+
+
+def _do_nothing(number: int, frame: object) -> None:
+    pass
+
+
+def _supervise(child: int, rank: int, launcher: int, read_fd: int) -> NoReturn:
+    """Spend the supervisor's life. Whatever goes wrong in here must not look like a death to the launcher."""
+    code = 1
+    try:
+        _put_handlers(child)
+        died_by = _wait(child, launcher)
+        code = died_by if died_by >= 0 else 128 - died_by
+        os.set_blocking(read_fd, False)
+        in_order = False
+        with contextlib.suppress(BlockingIOError):  # a process that the rank forked may hold the other end open
+            in_order = os.read(read_fd, 1) == _IN_ORDER
+        if rank > 0 and (died_by < 0 or not in_order) and os.environ.get(LINGER_VARIABLE, "1") != "0":
+            _linger(launcher)
+    finally:
+        os._exit(code if rank == 0 else 0)
+
+
+def _put_handlers(child: int) -> None:
+    """Have handlers besides the block: a library's thread that was there before it may be given the signal."""
+
+    def pass_on(number: int, frame: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, number)
+
+    for number in PASSED_ON:
+        signal.signal(number, _do_nothing if number == signal.SIGINT else pass_on)
+    signal.signal(signal.SIGUSR1, _do_nothing)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it were ignored, nobody could be waited for
+
+
+def _wait(child: int, launcher: int) -> int:
+    """Pass signals on until the rank has ended; return its exit code, or minus the signal that killed it."""
+    kill_at = None
+    while True:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        told = signal.sigtimedwait({*PASSED_ON, signal.SIGUSR1, signal.SIGCHLD}, LOOK_EVERY_S)
+        if told is not None and told.si_signo in PASSED_ON and told.si_code != _SI_KERNEL:
+            os.kill(child, told.si_signo)  # it cannot be another process by now: it was not waited for
+        if os.getppid() != launcher:
+            now = time.monotonic()
+            if kill_at is None:
+                kill_at = now + MERCY_S
+                os.kill(child, signal.SIGTERM)
+            elif now > kill_at:
+                os.kill(child, signal.SIGKILL)
+
+
+def _linger(launcher: int) -> None:
+    """Stay until the launcher ends the run, or is gone, or rank 0's supervisor (where it is on this node) is gone."""
+    pidfd = _pidfd_of_rank_0(launcher)
+    while os.getppid() == launcher:
+        if pidfd is not None and select.select([pidfd], [], [], 0)[0]:
+            return
+        told = signal.sigtimedwait({*PASSED_ON, signal.SIGUSR1, signal.SIGCHLD}, LOOK_EVERY_S)
+        if told is not None and told.si_signo in PASSED_ON:
+            return
+
+
+def _pidfd_of_rank_0(launcher: int) -> int | None:
+    """Find the process that the same launcher started as rank 0 on this node, and return a file that tells its end."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, ValueError):  # it ended meanwhile, or is not ours
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                if parent == launcher and rank_of(_environment(entry)) == 0:
+                    return os.pidfd_open(int(entry.name))
+    return None
+
+
+def _environment(process: Path) -> dict[str, str]:
+    pairs = (line.partition("=") for line in (process / "environ").read_text(errors="replace").split("\0"))
+    return {name: value for name, _, value in pairs}
