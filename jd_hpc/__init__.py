@@ -8,12 +8,14 @@ from jd_hpc.errors import (
     JobError,
     KernelError,
     LaunchError,
+    MasterLostError,
     MPIError,
     PayloadError,
     ProcessDiedError,
     ProtocolError,
     RanksDisagreeError,
     SlaveError,
+    SlavesLostError,
 )
 from jd_hpc.machine import LocalMachine, MPIMachine
 
@@ -28,6 +30,7 @@ __all__ = [
     "KernelError",
     "LaunchError",
     "LocalMachine",
+    "MasterLostError",
     "MPIError",
     "MPIMachine",
     "PayloadError",
@@ -35,5 +38,6 @@ __all__ = [
     "ProtocolError",
     "RanksDisagreeError",
     "SlaveError",
+    "SlavesLostError",
     "__version__",
 ]

@@ -441,7 +441,6 @@ cdef class Master(Survivor):
         cdef Outgoing *stops = <Outgoing *> calloc(self.size, sizeof(Outgoing))
         cdef list buffers = [Buffer(HEADER_BYTES) for _ in range(self.size)]
         cdef int rank
-        cdef bint failed = bool(self.dead or self.missing)
         if stops == NULL:
             raise MemoryError()
         self.parting = True
@@ -450,13 +449,14 @@ cdef class Master(Survivor):
                 self.begin(None, 0)  # the run failed before it began
             self.stopping = True
             self.collects = False
+            self.failed = bool(self.dead or self.missing or (self.scheduler and self.scheduler.suspect_count))
             self.accept_early()
             for rank in range(1, self.size):
                 stops[rank].head = stops[rank].body = MPI_REQUEST_NULL
                 stops[rank].data = (<Buffer> buffers[rank]).data
                 memset(stops[rank].data, 0, HEADER_BYTES)
                 (<Header *> stops[rank].data).kind = KIND_STOP
-                (<Header *> stops[rank].data).attempt = failed  # a slave that knows leaves MPI alone at its exit
+                (<Header *> stops[rank].data).attempt = self.failed  # a slave that knows leaves MPI alone at its exit
                 if not self.gone[rank]:
                     self.send(&stops[rank], rank)
             with nogil:
@@ -465,7 +465,8 @@ cdef class Master(Survivor):
             self.unpost()
             if self.evaluator is not None:
                 self.evaluator.close()
-            if self.dead or self.missing:
+            self.failed = bool(self.failed or self.dead or self.missing)
+            if self.failed:
                 aside.extend((buffers, self.slot_buffers, self.slab))  # what was sent to them may still be read
         except BaseException:
             # The user will not wait: MPI may still write to and read from all of these.

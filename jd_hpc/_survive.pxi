@@ -13,6 +13,7 @@ cdef class Survivor(JobSender):
     cdef bint attention                 # there are parcels, or a failure
     cdef object failure                 # raised by run_jobs
     cdef bint stopping
+    cdef readonly bint failed           # ranks failed: nobody may finalize MPI at the end of the program
     cdef int *gone                      # for each rank: nobody waits for it any more
     cdef int *said_bye                  # likewise: it has left the run
     cdef int64_t grace_ns               # how long those that may come back are waited for at the end
@@ -67,6 +68,9 @@ cdef class Survivor(JobSender):
     cdef int lose(self, int slave, str how) except -1:
         """A slave's process is gone, or as good as gone."""
         if slave in self.dead:
+            return 0
+        if self.said_bye[slave]:  # it left the run, and then the program
+            self.dead.add(slave)
             return 0
         if how.startswith("silent"):
             self.missing.add(slave)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from jd_hpc import ending, local
 from jd_hpc.errors import JobError, MasterLostError
-from jd_hpc.machine import Channel, LocalMachine, MPIMachine, as_machine, load_core
+from jd_hpc.machine import LEAST_HEARTBEAT_S, Channel, LocalMachine, MPIMachine, as_machine, load_core
 from jd_hpc.plan import Hook, Plan
 from jd_hpc.signals import Interrupts
 from jd_hpc.survival import Watch
@@ -54,7 +54,7 @@ class JobDispatcher:
     memory_limit : int, optional
         With `isolate`: bytes that the jobs' process may allocate.
     heartbeat_s : float
-        How often a slave gives a sign of life, from a thread that needs no GIL, in seconds. 0: no signs are asked for.
+        How often a slave gives a sign of life, from a thread that needs no GIL, in seconds, at least 0.02. 0: nobody listens.
     liveness_timeout_s : float
         Silence after which a slave is suspected, in seconds: its jobs go to others, and it is taken on again when it is heard.
     local_fallback : bool
@@ -119,6 +119,8 @@ class JobDispatcher:
         self.heartbeat_s = _seconds("heartbeat_s", heartbeat_s, zero=True)
         self.liveness_timeout_s = _seconds("liveness_timeout_s", liveness_timeout_s)
         self.local_fallback = bool(local_fallback)
+        if 0 < self.heartbeat_s < LEAST_HEARTBEAT_S:
+            raise ValueError(f"heartbeat_s = {heartbeat_s} is out of range: it is 0, or at least {LEAST_HEARTBEAT_S}")
         if self.liveness_timeout_s < 2 * self.heartbeat_s:
             raise ValueError(
                 f"liveness_timeout_s = {liveness_timeout_s} must be at least twice heartbeat_s = {heartbeat_s}, or a beat that is a "
@@ -272,7 +274,8 @@ class JobDispatcher:
                 machine.busy = None
                 master.stop()
                 self.stats = master.counters()
-                channel.note_failures()
+                if master.failed:
+                    channel.note_failures()
             self._log("run %d: %s", master.run, self.stats)
             return self.postprocess()
         finally:

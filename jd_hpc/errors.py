@@ -56,6 +56,8 @@ class ProcessDiedError(JdError):
 
 class IsolationError(JdError, RuntimeError):
     """The process that is to run the jobs cannot be started."""
+
+
 class MasterLostError(JdError, RuntimeError):
     """The master is gone: nobody is left to run jobs for."""
 
@@ -67,13 +69,11 @@ class SlavesLostError(JdError, RuntimeError):
     """Too few slaves are left, and the master must not do their work (``local_fallback=False``)."""
 
     def __init__(self, lost: int, suspected: int) -> None:
-        super().__init__(
-            f"too few slaves are left: {lost} were lost, {suspected} do not answer. With local_fallback=True the master would go "
-            f"on alone"
-        )
+        super().__init__(lost, suspected)
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return RuntimeError, self.args
+    def __str__(self) -> str:
+        lost, suspected = self.args
+        return f"too few slaves are left: {lost} were lost, {suspected} do not answer. local_fallback=True lets the master go on alone"
 
 
 class MPIError(JdError, RuntimeError):

@@ -24,6 +24,9 @@ logger = logging.getLogger("jd_hpc")
 
 CONNECT_TIMEOUT_S = 10.0
 """How long a slave tries to reach the master's side channel."""
+LEAST_HEARTBEAT_S = 0.02
+FIRST_HEARTBEAT_S = 0.5
+"""Before the first run."""
 
 FAMILIES = {"Open MPI": "openmpi", "MPICH": "mpich", "Intel MPI": "mpich", "MVAPICH": "mpich", "Cray MPICH": "mpich"}
 """What mpi4py calls an MPI, and the family whose binary interface it has."""
@@ -157,7 +160,7 @@ class Channel:
         offer = None
         if self.comm.Get_rank() == 0:
             try:
-                self.listener = Listener(self.comm.Get_size())
+                self.listener = Listener(self.comm.Get_size(), LEAST_HEARTBEAT_S)
                 hosts = {host: self.listener.addresses_for(host) for host in self.hosts}
                 offer = (hosts, self.listener.token)
             except OSError as error:
@@ -166,10 +169,14 @@ class Channel:
         if offer is not None and self.comm.Get_rank() > 0:
             try:
                 addresses, token = offer[0][MPI.Get_processor_name()], offer[1]
-                self.connection = Connection.connect(addresses, token, self.comm.Get_rank(), CONNECT_TIMEOUT_S)
+                self.connection = Connection.connect(
+                    addresses, token, self.comm.Get_rank(), FIRST_HEARTBEAT_S, CONNECT_TIMEOUT_S
+                )
             except OSError as error:
                 trouble = f"rank {self.comm.Get_rank()} cannot reach the master: {error}"
         troubles = [text for text in self.comm.allgather(trouble) if text]
+        if self.listener is not None:  # all that can have connected, have
+            self.listener.poll(time.monotonic())
         if troubles and self.comm.Get_rank() == 0:
             logger.warning("No signs of life from all ranks, so that one that dies may go unnoticed: %s", "; ".join(troubles[:3]))
 
@@ -190,8 +197,7 @@ class Channel:
 
     def note_failures(self) -> None:
         """Master, after a run: if ranks failed, MPI cannot be finalized when the process ends."""
-        if self.dead or self.missing:
-            ending.failed(f"lost: {sorted(self.dead)}, silent: {sorted(self.missing)}", self._others_gone)
+        ending.failed(f"ranks lost: {sorted(self.dead)}, silent: {sorted(self.missing)}", self._others_gone)
 
     def _others_gone(self) -> bool:
         """Whether every rank that may still be at work has closed its connection."""
