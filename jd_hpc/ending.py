@@ -129,6 +129,9 @@ def _abort(mpi: Any, code: int) -> None:
     logger.info("ends by MPI_Abort with exit code %d, whatever MPI calls it: %s", code, _Ending.why)
     _flush()
     remove_shared_memory()
+    supervisor.say_aborts()
+    if code and supervisor.passes_code_on():
+        os._exit(code)
     with contextlib.suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(ABORT_LIMIT_S)

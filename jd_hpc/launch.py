@@ -25,7 +25,7 @@ from jd_hpc.supervisor import LINGER_VARIABLE
 
 ASK_LIMIT_S = 20
 """How long a launcher may take to tell its version."""
-NO_KILL_OPENMPI_5 = "recoverable,continuous,error-nonzero-status=false"
+NO_KILL_OPENMPI_5 = ["--runtime-options", "recoverable,continuous"]
 HOST_WORDS = ("--host", "-host", "-H", "--hostfile", "-hostfile", "--machinefile", "-machinefile", "-hosts", "-f", "--map-by", "-rmk")
 """mpiexec options by which users say where ranks go: then we do not."""
 ALLOCATIONS = ("SLURM_JOB_ID", "PBS_NODEFILE", "LSB_HOSTS", "PE_HOSTFILE", "COBALT_NODEFILE")
@@ -150,10 +150,8 @@ def flags(launcher: Launcher, rank_count: int, environ: Mapping[str, str], given
         return words
     if launcher.version < (5,):
         words = ["--enable-recovery"]
-    elif launcher.ulfm:
-        words = ["--with-ft", "ulfm"]
-    else:
-        words = ["--runtime-options", NO_KILL_OPENMPI_5]
+    else:  # both: by ULFM alone MPI_Abort ends nobody but the caller, and mpiexec's exit code is 0 whatever it was given
+        words = ["--with-ft", "ulfm", *NO_KILL_OPENMPI_5] if launcher.ulfm else list(NO_KILL_OPENMPI_5)
     if LINGER_VARIABLE not in environ:
         words += ["-x", f"{LINGER_VARIABLE}=0"]
     placed = any(word in HOST_WORDS or "oversubscribe" in word.lower() for word in given) or any(name in environ for name in ALLOCATIONS)

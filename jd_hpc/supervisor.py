@@ -5,6 +5,7 @@ The rules it keeps:
 1. The launcher sees its process end only in order: 0, whatever became of the rank in it. Only rank 0's own code is passed on.
 2. A rank that did not say that it ends in order died. Its supervisor then lingers, because launchers with default flags kill
    everybody as soon as a process ends that did not finalize MPI. For that it keeps all files of the rank open, also Hydra's PMI_FD.
+   Where the launcher was told to bear that, nobody lingers; but when rank 0 dies its supervisor ends the run.
 3. Nobody outlives anybody for long: the rank dies with its supervisor (PDEATHSIG), the supervisor looks after its launcher and,
    while it lingers, after rank 0's supervisor.
 4. The rank is a process like any other: same group, same terminal, same stdin. The supervisor never reads, prints or imports MPI.
@@ -32,12 +33,15 @@ LINGER_VARIABLE = "JD_HPC_LINGER"
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2)
 LOOK_EVERY_S = 0.5
 """How long a launcher's or rank 0's end may go unnoticed."""
+LAUNCHERS = ("mpiexec", "mpirun", "prterun", "prte", "prted", "orterun", "orted")
+HYDRA = "hydra_pmi_proxy"
+"""Names of the processes that start ranks, as the kernel knows them (15 characters)."""
 MERCY_S = 5.0
 """After the launcher is gone the rank gets TERM, and after this time KILL."""
 
 _PR_SET_PDEATHSIG = 1
 _SI_KERNEL = 0x80  # the terminal's own signals: the whole foreground group has them already
-_IN_ORDER = b"."
+_IN_ORDER, _ABORTS = b".", b"!"
 
 
 class _Rank:
@@ -100,16 +104,28 @@ def supervise() -> None:
 
 def say_in_order() -> None:
     """Tell the supervisor that this rank ends in order: it finalizes MPI, or has none to finalize. Otherwise it died."""
+    _say(_IN_ORDER)
+
+
+def say_aborts() -> None:
+    """Tell the supervisor that this rank calls MPI_Abort now, so that the launcher will end the run."""
+    _say(_ABORTS)
+
+
+def _say(word: bytes) -> None:
     if _Rank.notice_fd is not None and _Rank.pid == os.getpid():
         with contextlib.suppress(OSError):
-            os.write(_Rank.notice_fd, _IN_ORDER)
+            os.write(_Rank.notice_fd, word)
             os.close(_Rank.notice_fd)
         _Rank.notice_fd = None
 
 
-def is_supervised() -> bool:
-    """Tell whether this process is a rank below a supervisor."""
-    return _Rank.pid == os.getpid()
+def passes_code_on() -> bool:
+    """Tell whether to leave with the exit code is all that this rank need do, since the supervisor then ends the run.
+
+    That is so for rank 0 under an Open MPI that was told to bear deaths: after MPI_Abort its mpiexec may return 0 whatever the code.
+    """
+    return _Rank.pid == os.getpid() and os.environ.get(LINGER_VARIABLE) == "0" and "PMIX_RANK" in os.environ
 
 
 def _do_nothing(number: int, frame: object) -> None:
@@ -123,14 +139,25 @@ def _supervise(child: int, rank: int, launcher: int, read_fd: int) -> NoReturn:
         _put_handlers(child)
         died_by = _wait(child, launcher)
         code = died_by if died_by >= 0 else 128 - died_by
-        os.set_blocking(read_fd, False)
-        in_order = False
-        with contextlib.suppress(BlockingIOError):  # a process that the rank forked may hold the other end open
-            in_order = os.read(read_fd, 1) == _IN_ORDER
-        if rank > 0 and (died_by < 0 or not in_order) and os.environ.get(LINGER_VARIABLE, "1") != "0":
+        word = _last_word(read_fd)
+        flags_are_default = os.environ.get(LINGER_VARIABLE, "1") != "0"
+        if died_by >= 0 and word == _IN_ORDER:
+            pass
+        elif rank > 0 and flags_are_default:
             _linger(launcher)
+        elif rank == 0 and not flags_are_default:
+            _end_run(launcher, code, aborts=word == _ABORTS)
     finally:
         os._exit(code if rank == 0 else 0)
+
+
+def _last_word(read_fd: int) -> bytes:
+    """Return what the rank said of its end, if anything."""
+    os.set_blocking(read_fd, False)
+    try:
+        return os.read(read_fd, 1)
+    except BlockingIOError:  # a process that the rank forked holds the other end open
+        return b""
 
 
 def _put_handlers(child: int) -> None:
@@ -174,6 +201,31 @@ def _linger(launcher: int) -> None:
         told = signal.sigtimedwait({*PASSED_ON, signal.SIGUSR1, signal.SIGCHLD}, LOOK_EVERY_S)
         if told is not None and told.si_signo in PASSED_ON:
             return
+
+
+def _end_run(launcher: int, code: int, aborts: bool) -> None:
+    """Rank 0 is gone, and the launcher was told not to mind: without this the slaves could wait for ever."""
+    with contextlib.suppress(OSError, ValueError):
+        name = Path(f"/proc/{launcher}/comm").read_text().strip()
+        if name == HYDRA and "PMI_FD" in os.environ and not aborts:  # TERM leaves it cold; this is how MPI_Abort speaks to it
+            os.write(int(os.environ["PMI_FD"]), f"cmd=abort exitcode={code}\n".encode())
+        elif name in LAUNCHERS and not aborts:
+            os.kill(launcher, signal.SIGTERM)
+        elif name in LAUNCHERS:
+            _leave_a_watcher(os.pidfd_open(launcher))
+
+
+def _leave_a_watcher(pidfd: int) -> None:
+    """Have a process that ends the launcher if that does not end by itself soon, since our exit code must reach it first."""
+    if os.fork():
+        return
+    os.setsid()
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):  # the launcher waits until nobody can print any more
+        os.dup2(nothing, fd)
+    if not select.select([pidfd], [], [], MERCY_S)[0]:
+        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+    os._exit(0)
 
 
 def _pidfd_of_rank_0(launcher: int) -> int | None:

@@ -15,6 +15,7 @@ OPENMPI_4 = Launcher("/mpi/bin/mpiexec", "openmpi", (4, 1, 4))
 MPICH_5 = Launcher("/mpi/bin/mpiexec", "mpich", (5, 0, 2))
 MPICH_4 = Launcher("/mpi/bin/mpiexec", "mpich", (4, 0, 2))
 ALL = [OPENMPI_ULFM, OPENMPI_5, OPENMPI_4, MPICH_5, MPICH_4]
+RECOVERABLE = ["--runtime-options", "recoverable,continuous"]
 NO_LINGER = ["-x", "JD_HPC_LINGER=0"]
 
 
@@ -31,8 +32,8 @@ def script(tmp_path):
 @pytest.mark.parametrize(
     ("launcher", "expected"),
     [
-        (OPENMPI_ULFM, ["--with-ft", "ulfm", *NO_LINGER]),
-        (OPENMPI_5, ["--runtime-options", "recoverable,continuous,error-nonzero-status=false", *NO_LINGER]),
+        (OPENMPI_ULFM, ["--with-ft", "ulfm", *RECOVERABLE, *NO_LINGER]),
+        (OPENMPI_5, [*RECOVERABLE, *NO_LINGER]),
         (OPENMPI_4, ["--enable-recovery", *NO_LINGER]),
         (
             MPICH_5,
@@ -152,7 +153,7 @@ def test_words_are_taken_apart(words, expected):
 @pytest.mark.parametrize(
     ("family", "said", "expected"),
     [
-        ("openmpi", "mpirun (Open MPI) 5.0.3", "--runtime-options recoverable,continuous,error-nonzero-status=false -x JD_HPC_LINGER=0"),
+        ("openmpi", "mpirun (Open MPI) 5.0.3", "--runtime-options recoverable,continuous -x JD_HPC_LINGER=0"),
         ("openmpi", "mpirun (Open MPI) 4.1.4", "--enable-recovery -x JD_HPC_LINGER=0"),
         ("mpich", "HYDRA build details:\n Version: 3.4", "-disable-auto-cleanup -genv JD_HPC_LINGER 0"),
     ],
