@@ -152,6 +152,14 @@ class Connection:
         """Whether beats are being sent. False after `close`, and when the master has hung up."""
         return self._beat.alive
 
+    def beat_every(self, period_s: float) -> None:
+        """Beat so often from now on; 0: not at all, while the connection stays."""
+        if self._socket is None:
+            return
+        self._beat.stop()
+        if period_s:
+            self._beat = Beat(self._socket.fileno(), period_s)
+
     def fileno(self) -> int:
         """Return the socket's file descriptor, or -1 after `close`."""
         return -1 if self._socket is None else self._socket.fileno()
