@@ -24,7 +24,11 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 # Compiled with the C compiler that built Python: module, source.
-PLAIN_MODULES = [("jd_hpc.scheduler", "jd_hpc/scheduler.py"), ("jd_hpc._batch", "jd_hpc/_batch.pyx")]
+PLAIN_MODULES = [
+    ("jd_hpc.scheduler", "jd_hpc/scheduler.py"),
+    ("jd_hpc._batch", "jd_hpc/_batch.pyx"),
+    ("jd_hpc._beat", "jd_hpc/_beat.pyx"),
+]
 # Compiled with mpicc, and installed as <module>_<family>: module, source.
 MPI_MODULES = [("jd_hpc._core", "jd_hpc/_core.pyx")]
 

@@ -40,6 +40,10 @@ class MPIError(JdError, RuntimeError):
     """An MPI call failed; the message is the one of MPI."""
 
 
+class BeatError(JdError, OSError):
+    """The connection by which the master knows that a slave is alive cannot be opened."""
+
+
 REPORT_PART_BYTES = 1 << 20
 """A report of a failure is cut where it is longer: it must reach the master whatever the exception carries."""
 
