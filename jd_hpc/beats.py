@@ -339,6 +339,11 @@ class Listener:
         -------
         list of Event
             In the order in which they were found.
+
+        Raises
+        ------
+        ValueError
+            After `close`, and in a forked child.
         """
         events: list[Event] = []
         knocks = False

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import struct
+import threading
 import time
 from pathlib import Path
 
@@ -66,6 +67,20 @@ def test_a_rank_may_come_back(master, listener, opened):
         opened[-1].close()
         master.until(lambda: not listener.connected)
     assert master.kinds(2) == ["connected", "closed"] * 6
+
+
+def test_a_rank_comes_back_before_its_end_was_seen(listener, opened):
+    first, second = stranger(listener, hello(listener, 2)), stranger(listener)
+    opened += [first, second]
+    until(lambda: listener.poll(0.0) or listener.connected)
+    until(lambda: listener.poll(0.0) or listener._strangers)
+    second.sendall(hello(listener, 2))  # the kernel reports it before the end that comes next
+    time.sleep(0.05)
+    first.close()
+    time.sleep(0.05)
+    assert listener.poll(1.0) == [Event(2, "closed"), Event(2, "connected")]
+    assert listener.poll(1.0) == []
+    assert listener.connected == {2}
 
 
 def largest_gap(master, listener, rank, while_true):
@@ -217,6 +232,29 @@ def test_an_end_shows_before_the_beats_that_lie_unread(master, listener):
     time.sleep(0.1)
     master.poll()
     assert master.kinds(2) == ["connected", "closed"]
+
+
+def test_the_credit_grows_with_time(listener, opened):
+    sock = stranger(listener, hello(listener, 1))
+    opened.append(sock)
+    until(lambda: listener.poll(0.0))
+    share = beats.FLOOD_BURST_BYTES // 4
+    for hour in range(1, 9):  # twice the burst in all
+        sender = threading.Thread(target=sock.sendall, args=(BEAT * share,))
+        sender.start()
+        while sender.is_alive() or listener._epoll.poll(0.02):
+            assert listener.poll(hour * 3600.0) == []
+        sender.join(20)
+    assert listener.connected == {1}
+
+
+def test_an_end_is_reported_once_even_if_somebody_else_holds_a_copy(listener, opened):
+    sock = stranger(listener, hello(listener, 1))
+    until(lambda: listener.poll(0.0))
+    opened.append(socket.socket(fileno=os.dup(listener._ranks[1].fd)))  # as a child would that was forked by a C library
+    sock.close()
+    until(lambda: listener.poll(0.0))
+    assert listener._epoll.poll(0.05) == []
 
 
 def test_what_came_while_the_master_was_away_is_no_flood(listener, opened):
