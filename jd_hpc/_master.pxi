@@ -207,6 +207,9 @@ cdef class Master(Survivor):
             self.renew_message(i)
         return 0
 
+    cdef int came_in(self, int i, int source) except -1:
+        return self.accept(i, source)
+
     cdef int accept_early(self) except -1:
         """Deal with the messages that came in while the run before this one ended."""
         cdef Buffer buffer

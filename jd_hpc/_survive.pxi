@@ -41,6 +41,7 @@ cdef class Survivor(JobSender):
                 self.mpi_failed = False
                 for rank in self.acknowledge():
                     self.lose(rank, "MPI reports that the process failed")
+                self.renew_receives()
             for slave, what, how in self.watch.tick(now * 1e-9):
                 if what == "lost":
                     self.lose(slave, how)
@@ -52,6 +53,27 @@ cdef class Survivor(JobSender):
                 self.look_for_stragglers(now)
         except BaseException as error:
             self.fail(error)
+        return 0
+
+    cdef int renew_receives(self) except -1:
+        """Post all receives anew: an Open MPI request that met a failure may say so for ever, acknowledged or not."""
+        cdef int i, k, flag, cancelled
+        for k in range(self.order_length):
+            i = self.order[(self.order_head + k) % self.posted]
+            flag = cancelled = 0
+            MPI_Cancel(&self.receives[i])  # an error of these calls is the one that is being dealt with
+            MPI_Test(&self.receives[i], &flag, &self.status)
+            if not flag:
+                continue
+            check(MPI_Test_cancelled(&self.status, &cancelled))
+            if not cancelled and self.is_ours(i):
+                self.came_in(i, self.status.MPI_SOURCE)
+            check(MPI_Irecv(self.message_data[i], MESSAGE_BYTES, MPI_BYTE, self.source, TAG_MESSAGE, self.comm,
+                            &self.receives[i]))
+        return 0
+
+    cdef int came_in(self, int i, int source) except -1:
+        """A message that the master has yet to deal with."""
         return 0
 
     cdef int on_mpi_error(self, int code) except -1:
