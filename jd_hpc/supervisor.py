@@ -36,6 +36,8 @@ LOOK_EVERY_S = 0.5
 LAUNCHERS = ("mpiexec", "mpirun", "prterun", "prte", "prted", "orterun", "orted")
 HYDRA = "hydra_pmi_proxy"
 """Names of the processes that start ranks, as the kernel knows them (15 characters)."""
+WATCH_S = 3.0
+"""How long a launcher may take to end after rank 0 has left a run that failed."""
 MERCY_S = 5.0
 """After the launcher is gone the rank gets TERM, and after this time KILL."""
 
@@ -223,7 +225,7 @@ def _leave_a_watcher(pidfd: int) -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):  # the launcher waits until nobody can print any more
         os.dup2(nothing, fd)
-    if not select.select([pidfd], [], [], MERCY_S)[0]:
+    if not select.select([pidfd], [], [], WATCH_S)[0]:
         signal.pidfd_send_signal(pidfd, signal.SIGTERM)
     os._exit(0)
 
