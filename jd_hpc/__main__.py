@@ -90,7 +90,6 @@ def main() -> int:
     supervised, words = parse(sys.argv[1:])
     if supervised:
         supervisor.supervise()
-    excepthook = sys.excepthook
     try:
         run_program(words)
     except SystemExit as error:
@@ -99,7 +98,7 @@ def main() -> int:
         code = ending.status_of(error.code)
     except BaseException as error:
         error.__traceback__ = _without_ours(error.__traceback__)
-        (sys.excepthook or excepthook)(type(error), error, error.__traceback__)
+        sys.excepthook(type(error), error, error.__traceback__)
         code = 130 if isinstance(error, KeyboardInterrupt) else 1
         if ending.why_failed() is None:
             ending.failed(f"an uncaught {type(error).__name__}", others_gone=lambda: False, grace_s=COURTESY_S)

@@ -123,7 +123,9 @@ def _look_at_mpi(launcher: launch.Launcher, rank_count: int, added: list[str]) -
     _say("mpi4py", f"runs on {answer['vendor']} {answer['version']}, threads: {answer['thread']}, ULFM: {_yes(answer['ulfm'])}")
     family = FAMILIES.get(answer["vendor"], "mpich")
     fits = family == launcher.family
-    _say("fit", "launcher and MPI belong together" if fits else f"NO: the launcher is of {launcher.family}, mpi4py runs on {family}")
+    _say(
+        "fit", "launcher and MPI belong together" if fits else f"NO: the launcher is of {launcher.family}, mpi4py runs on {family}"
+    )
     core = any(Path(__file__).parent.glob(f"_core_{family}.*"))
     _say("core", f"compiled for {family}" if core else f"NONE for {family}: rebuild jd_hpc with this MPI's mpicc")
     size = seen.answer.get("size")

@@ -26,7 +26,19 @@ from jd_hpc.supervisor import LINGER_VARIABLE
 ASK_LIMIT_S = 20
 """How long a launcher may take to tell its version."""
 NO_KILL_OPENMPI_5 = ["--runtime-options", "recoverable,continuous"]
-HOST_WORDS = ("--host", "-host", "-H", "--hostfile", "-hostfile", "--machinefile", "-machinefile", "-hosts", "-f", "--map-by", "-rmk")
+HOST_WORDS = (
+    "--host",
+    "-host",
+    "-H",
+    "--hostfile",
+    "-hostfile",
+    "--machinefile",
+    "-machinefile",
+    "-hosts",
+    "-f",
+    "--map-by",
+    "-rmk",
+)
 """mpiexec options by which users say where ranks go: then we do not."""
 ALLOCATIONS = ("SLURM_JOB_ID", "PBS_NODEFILE", "LSB_HOSTS", "PE_HOSTFILE", "COBALT_NODEFILE")
 
@@ -107,7 +119,9 @@ def parse_version(text: str) -> tuple[str | None, tuple[int, ...]]:
 
 def _ask(*command: str) -> str:
     try:
-        run = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=ASK_LIMIT_S, stdin=subprocess.DEVNULL)
+        run = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=ASK_LIMIT_S, stdin=subprocess.DEVNULL
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise LaunchError(f"{shlex.join(command)} does not answer: {error}. Cure: name another with --mpiexec") from error
     return run.stdout + run.stderr
@@ -154,7 +168,9 @@ def flags(launcher: Launcher, rank_count: int, environ: Mapping[str, str], given
         words = ["--with-ft", "ulfm", *NO_KILL_OPENMPI_5] if launcher.ulfm else list(NO_KILL_OPENMPI_5)
     if LINGER_VARIABLE not in environ:
         words += ["-x", f"{LINGER_VARIABLE}=0"]
-    placed = any(word in HOST_WORDS or "oversubscribe" in word.lower() for word in given) or any(name in environ for name in ALLOCATIONS)
+    placed = any(word in HOST_WORDS or "oversubscribe" in word.lower() for word in given) or any(
+        name in environ for name in ALLOCATIONS
+    )
     if rank_count > cores and not placed and "PRTE_MCA_rmaps_default_mapping_policy" not in environ:
         words += ["--map-by", ":OVERSUBSCRIBE"] if launcher.version >= (5,) else ["--oversubscribe"]
     return words

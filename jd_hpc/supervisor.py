@@ -80,7 +80,7 @@ def supervise() -> None:
     if rank is None or _Rank.pid == os.getpid():
         return
     if "mpi4py.MPI" in sys.modules:
-        raise LaunchError("supervise() came after mpi4py.MPI was imported. Cure: call it first, or start with: python -m jd_hpc script.py")
+        raise LaunchError("supervise() came after mpi4py.MPI was imported. Cure: call it first, or use python -m jd_hpc script.py")
     sys.stdout.flush()
     sys.stderr.flush()
     libc = ctypes.CDLL(None, use_errno=True)  # loaded before the fork: the child must be under guard at once
@@ -100,7 +100,10 @@ def supervise() -> None:
     os.close(read_fd)
     _Rank.notice_fd, _Rank.pid = notice_fd, os.getpid()
     if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
-        signal.signal(signal.SIGUSR1, _do_nothing)  # before MPI starts: MPICH's own handler calls the one it finds
+        # Before MPI starts: MPICH's own handler calls the one it finds. A C function that does nothing, and no handler of Python's:
+        # Python gives those up before mpi4py finalizes MPI, and a USR1 would then kill.
+        libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+        libc.signal(signal.SIGUSR1, ctypes.cast(libc.abs, ctypes.c_void_p))
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 

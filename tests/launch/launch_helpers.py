@@ -80,8 +80,8 @@ class Launch:
         env = environment(**{MARK: self.mark, "TMPDIR": str(folder), **settings})
         self.begin = time.monotonic()
         self.process = subprocess.Popen(
-            command, cwd=folder, env=env, stdin=self.stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
-            start_new_session=True,
+            command, cwd=folder, env=env, stdin=self.stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            errors="replace", start_new_session=True,
         )  # fmt: skip
 
     stdin: int | None = None

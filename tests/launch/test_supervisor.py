@@ -88,7 +88,8 @@ def test_the_end_of_the_master_is_everybodys(ends, what, way):
     if "raise" in what:
         assert ended.code == 1
         assert "Traceback (most recent call last)" in ended.err
-        assert "jd_hpc" not in ended.err.partition("Traceback")[2].partition("ValueError")[0].replace("jd_hpc_", "").replace("/tests/", "")
+        assert "runpy" not in ended.err
+        assert "__main__.py" not in ended.err
 
 
 @pytest.mark.parametrize("way", [Supervised, Launched])
@@ -161,8 +162,13 @@ def test_programs(tmp_path):
 def test_words():
     assert "usage: python -m jd_hpc" in run("-m", "jd_hpc", "--help").stdout
     assert run("-m", "jd_hpc", "--version").stdout.startswith("jd_hpc ")
-    for words, message in [([], "no script"), (["--what"], "unknown option --what"), (["-c"], "-c wants"), (["x.py"], "no such script: x.py")]:
-        ended = run("-m", "jd_hpc", *words)
+    for words, message in (
+        ("", "no script"),
+        ("--what", "unknown option --what"),
+        ("-c", "-c wants"),
+        ("x.py", "no such script: x.py"),
+    ):
+        ended = run("-m", "jd_hpc", *words.split())
         assert ended.returncode == 2
         assert message in ended.stderr
 
@@ -188,7 +194,7 @@ def test_exit_codes_of_one_process_with_a_supervisor(rank, code, status, message
 
 
 def test_no_mpi_is_imported():
-    code = "import sys, jd_hpc.cli, jd_hpc.ending, jd_hpc.doctor, jd_hpc.trial; print([n for n in sys.modules if n.startswith('mpi4py')])"
+    code = "import sys, jd_hpc.cli, jd_hpc.ending, jd_hpc.doctor, jd_hpc.trial; print([n for n in sys.modules if 'mpi4py' in n])"
     assert run("-c", code).stdout == "[]\n"
 
 
@@ -210,6 +216,7 @@ def test_signals_are_passed_on():
 def test_doctor():
     ended = run("-m", "jd_hpc.cli", "doctor", "-n", "3")
     assert ended.returncode == 0, ended
-    for words in ("launcher and MPI belong together", "MPI sees 3 of 3", mpiexec(), "jd-hpc launch: survivors went on: yes; exit code right: yes (0)"):
+    for words in ("launcher and MPI belong together", "MPI sees 3 of 3", mpiexec()):
         assert words in ended.stdout
     assert "python -m jd_hpc: survivors went on: yes" in ended.stdout
+    assert "jd-hpc launch: survivors went on: yes; exit code right: yes (0)" in ended.stdout

@@ -1,5 +1,5 @@
-"""The master exchanges small messages with its slaves, one of which fails. Arguments: the kind of failure (see jd_hpc.trial), and the
-exit code of the master."""
+"""The master exchanges small messages with its slaves, one of which fails. Arguments: the kind of failure (see jd_hpc.trial), and
+the exit code of the master."""
 
 import os
 import sys
