@@ -10,9 +10,9 @@ The rules it keeps:
 
 from __future__ import annotations
 
-import os
 import runpy
 import sys
+from pathlib import Path
 from types import ModuleType, TracebackType
 
 USAGE = """usage: python -m jd_hpc [options] script.py [arguments ...]
@@ -55,7 +55,7 @@ def parse(words: list[str]) -> tuple[bool, list[str]]:
         _refuse("no script")
     if words[0] in ("-m", "-c") and len(words) < 2:
         _refuse(f"{words[0]} wants an argument")
-    if words[0] not in ("-m", "-c", "-") and not os.path.exists(words[0]):
+    if words[0] not in ("-m", "-c", "-") and not Path(words[0]).exists():
         _refuse(f"no such script: {words[0]}")
     return supervised, words
 
@@ -79,7 +79,7 @@ def run_program(words: list[str]) -> None:
     else:
         sys.argv[:] = words
         if not sys.flags.safe_path:
-            sys.path[0] = os.path.realpath(os.path.dirname(words[0]))
+            sys.path[0] = str(Path(words[0]).resolve().parent)
         runpy.run_path(words[0], run_name="__main__")
 
 

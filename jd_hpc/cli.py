@@ -101,8 +101,9 @@ def main(words: list[str] | None = None) -> int:
     command = launch.command_line(launcher, options.ranks, given, program, added)
     if options.dry_run:
         print(launch.as_shell_line(launcher, command))
-        return 0
-    launch.become(command)
+    else:
+        launch.become(command)
+    return 0
 
 
 if __name__ == "__main__":

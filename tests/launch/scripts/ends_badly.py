@@ -5,9 +5,8 @@ import signal
 import sys
 import time
 
+from mpi4py import MPI
 from script_helpers import RANK, note, say
-
-from mpi4py import MPI  # isort: skip
 
 way = sys.argv[1]
 note(f"pid{RANK}", os.getpid())
@@ -21,6 +20,11 @@ if way == "reads a line":
     if RANK == 0:
         say("got", sys.stdin.readline().strip(), sys.argv[2:])
     sys.exit()
+if way == "fails, with a code" and RANK == 0:
+    from jd_hpc import ending
+
+    ending.failed("says the test", others_gone=lambda: True)
+    sys.exit(3)
 if way == "handles TERM":
     signal.signal(signal.SIGTERM, lambda *_: (note(f"term{RANK}", "yes"), os._exit(5)))
     note(f"ready{RANK}", "yes")
