@@ -129,7 +129,7 @@ def _say(word: bytes) -> None:
 def passes_code_on() -> bool:
     """Tell whether to leave with the exit code is all that this rank need do, since the supervisor then ends the run.
 
-    That is so for rank 0 under an Open MPI that was told to bear deaths: its mpiexec may return 0 whatever code MPI_Abort was given.
+    That is so for rank 0 under an Open MPI that was told to bear deaths: mpiexec may return 0 whatever MPI_Abort was given.
     """
     return _Rank.pid == os.getpid() and os.environ.get(LINGER_VARIABLE) == "0" and "PMIX_RANK" in os.environ
 
