@@ -30,8 +30,8 @@ STOP_WELL, STOP_FAILED = -1, -2
 
 def fail(kind: str) -> None:
     """Let this process fail in the way that `kind` names."""
-    if kind == "SIGKILL":
-        os.kill(os.getpid(), signal.SIGKILL)
+    if kind in ("SIGKILL", "SIGSTOP"):
+        os.kill(os.getpid(), getattr(signal, kind))
     elif kind == "SEGV":
         ctypes.string_at(0)
     elif kind.startswith("_exit"):
@@ -163,7 +163,7 @@ def facts(mpi: Any) -> dict[str, Any]:
 
 
 def main(kind: str) -> None:
-    """Run as one rank. `kind`: SIGKILL, SEGV, _exit<code>, exception, none, or facts (no failure and no messages)."""
+    """Run as one rank. `kind`: SIGKILL, SIGSTOP, SEGV, _exit<code>, exception, none, or facts (no failure and no messages)."""
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
