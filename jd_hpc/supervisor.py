@@ -218,30 +218,49 @@ def _end_run(launcher: int, code: int, aborts: bool) -> None:
         elif name in LAUNCHERS and not aborts:
             os.kill(launcher, signal.SIGTERM)
         elif name in LAUNCHERS:
-            _leave_a_watcher(os.pidfd_open(launcher))
+            _leave_a_watcher(launcher, os.pidfd_open(launcher))
 
 
-def _leave_a_watcher(pidfd: int) -> None:
-    """Have a process that ends the launcher if that does not end by itself soon, since our exit code must reach it first."""
+def _leave_a_watcher(launcher: int, pidfd: int) -> None:
+    """Have a process that ends what does not end by itself soon, since our exit code must reach the launcher first.
+
+    Open MPI with ULFM lets a stopped or hanging rank live after MPI_Abort, and waits for it. On this node such ranks are killed,
+    whereupon their supervisors leave with 0; should that not be all, the launcher gets TERM, and its exit code is 1.
+    """
     if os.fork():
         return
-    os.setsid()
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1, 2):  # the launcher waits until nobody can print any more
-        os.dup2(nothing, fd)
-    if not select.select([pidfd], [], [], WATCH_S)[0]:
-        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-    os._exit(0)
+    try:
+        os.setsid()
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):  # the launcher waits until nobody can print any more
+            os.dup2(nothing, fd)
+        if not select.select([pidfd], [], [], 1.0)[0]:
+            for rank in _children(set(_children({launcher}))):
+                with contextlib.suppress(OSError):
+                    os.kill(rank, signal.SIGKILL)
+            if not select.select([pidfd], [], [], WATCH_S)[0]:
+                signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+    finally:
+        os._exit(0)
+
+
+def _children(parents: set[int]) -> list[int]:
+    """Return the processes of this node whose parent is one of these."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, ValueError):  # it ended meanwhile
+                if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) in parents:
+                    found.append(int(entry.name))
+    return found
 
 
 def _pidfd_of_rank_0(launcher: int) -> int | None:
     """Find the process that the same launcher started as rank 0 on this node, and return a file that tells its end."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError, ValueError):  # it ended meanwhile, or is not ours
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                if parent == launcher and rank_of(_environment(entry)) == 0:
-                    return os.pidfd_open(int(entry.name))
+    for pid in _children({launcher}):
+        with contextlib.suppress(OSError, ValueError):  # it ended meanwhile, or is not ours
+            if rank_of(_environment(Path(f"/proc/{pid}"))) == 0:
+                return os.pidfd_open(pid)
     return None
 
 

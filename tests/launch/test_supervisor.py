@@ -20,7 +20,7 @@ from launch_helpers import Launch, environment, mpiexec
 RANKS = 4
 VICTIM = 2
 LIMIT_S = 30
-FAILURES = ["SIGKILL", "SEGV", "_exit0", "_exit3", "exception"]
+FAILURES = ["SIGKILL", "SIGSTOP", "SEGV", "_exit0", "_exit3", "exception"]
 # What a slave does, and the exit code of the master.
 KINDS = [*((kind, 0) for kind in FAILURES), ("none", 0), ("none", 3), ("SIGKILL", 3)]
 MASTER = ["master raises", "all raise", "master is killed"]
@@ -48,7 +48,7 @@ class WithInput(Supervised):
 
 @pytest.fixture(scope="module")
 def ends(launching):
-    """(way of starting, script, arguments) → what became of it, and what was left. An mpiexec mostly waits: three at a time."""
+    """(way of starting, script, arguments) → what became of it, and what was left. An mpiexec mostly waits: four at a time."""
 
     def end(case):
         way, script, *arguments = case
@@ -60,7 +60,7 @@ def ends(launching):
 
     scripts = [*(("loses_a_slave.py", *kind) for kind in KINDS), *(("ends_badly.py", way) for way in MASTER)]
     cases = [(way, *script) for script in scripts for way in (Supervised, Launched)]
-    with ThreadPoolExecutor(3) as pool:
+    with ThreadPoolExecutor(4) as pool:
         return dict(zip(cases, pool.map(end, cases), strict=True))
 
 
