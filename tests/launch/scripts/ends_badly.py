@@ -6,9 +6,10 @@ import sys
 import time
 
 from mpi4py import MPI
-from script_helpers import RANK, note, say
+from script_helpers import RANK, note, note_shared_memory, say
 
 way = sys.argv[1]
+note_shared_memory()  # now: a rank that is killed leaves it behind, and the test clears it away
 note(f"pid{RANK}", os.getpid())
 if way == "master raises" and RANK == 0:
     raise ValueError("the master's mistake")
