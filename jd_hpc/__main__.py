@@ -10,9 +10,9 @@ The rules it keeps:
 
 from __future__ import annotations
 
-import os
 import runpy
 import sys
+from pathlib import Path
 from types import ModuleType, TracebackType
 
 USAGE = """usage: python -m jd_hpc [options] script.py [arguments ...]
@@ -55,7 +55,7 @@ def parse(words: list[str]) -> tuple[bool, list[str]]:
         _refuse("no script")
     if words[0] in ("-m", "-c") and len(words) < 2:
         _refuse(f"{words[0]} wants an argument")
-    if words[0] not in ("-m", "-c", "-") and not os.path.exists(words[0]):
+    if words[0] not in ("-m", "-c", "-") and not Path(words[0]).exists():
         _refuse(f"no such script: {words[0]}")
     return supervised, words
 
@@ -79,7 +79,7 @@ def run_program(words: list[str]) -> None:
     else:
         sys.argv[:] = words
         if not sys.flags.safe_path:
-            sys.path[0] = os.path.realpath(os.path.dirname(words[0]))
+            sys.path[0] = str(Path(words[0]).resolve().parent)
         runpy.run_path(words[0], run_name="__main__")
 
 
@@ -90,7 +90,6 @@ def main() -> int:
     supervised, words = parse(sys.argv[1:])
     if supervised:
         supervisor.supervise()
-    excepthook = sys.excepthook
     try:
         run_program(words)
     except SystemExit as error:
@@ -99,7 +98,7 @@ def main() -> int:
         code = ending.status_of(error.code)
     except BaseException as error:
         error.__traceback__ = _without_ours(error.__traceback__)
-        (sys.excepthook or excepthook)(type(error), error, error.__traceback__)
+        sys.excepthook(type(error), error, error.__traceback__)
         code = 130 if isinstance(error, KeyboardInterrupt) else 1
         if ending.why_failed() is None:
             ending.failed(f"an uncaught {type(error).__name__}", others_gone=lambda: False, grace_s=COURTESY_S)

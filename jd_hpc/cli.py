@@ -64,9 +64,13 @@ def parser() -> argparse.ArgumentParser:
         epilog="The script is the first word that ends in .py, or -m module, or -c code, or what follows --.",
         allow_abbrev=False,
     )
-    one.add_argument("-n", "-np", dest="ranks", type=_rank_count, required=True, metavar="N", help="ranks: the master and N - 1 slaves")
+    one.add_argument(
+        "-n", "-np", dest="ranks", type=_rank_count, required=True, metavar="N", help="ranks: the master and N - 1 slaves"
+    )
     one.add_argument("--dry-run", action="store_true", help="print the command and run nothing")
-    two = commands.add_parser("doctor", help="say what is here, and by killing a slave try what this place survives", allow_abbrev=False)
+    two = commands.add_parser(
+        "doctor", help="say what is here, and by killing a slave try what this place survives", allow_abbrev=False
+    )
     two.add_argument("-n", "-np", dest="ranks", type=_rank_count, default=4, metavar="N", help="ranks of the trial, default 4")
     for each in (one, two):
         each.add_argument("--mpiexec", metavar="PATH", help="default: this environment's own, then the one on PATH")
@@ -97,8 +101,9 @@ def main(words: list[str] | None = None) -> int:
     command = launch.command_line(launcher, options.ranks, given, program, added)
     if options.dry_run:
         print(launch.as_shell_line(launcher, command))
-        return 0
-    launch.become(command)
+    else:
+        launch.become(command)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """``jd-hpc doctor``: what is here, and what this place survives.
 
-The rules it keeps: it says in plain words what it saw, not what should be; whatever it starts has a limit of time and carries a mark in
-its environment, by which what outlives it is found and ended, and nothing else.
+The rules it keeps: it says in plain words what it saw, not what should be; whatever it starts has a limit of time and carries a
+mark in its environment, by which what outlives it is found and ended, and nothing else.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def run_bounded(command: list[str], limit_s: float = LIMIT_S, **settings: str) -
     mark = uuid.uuid4().hex
     begin = time.monotonic()
     process = subprocess.Popen(
-        command, env={**os.environ, **settings, MARK: mark}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, errors="replace", start_new_session=True,
+        command, env={**os.environ, **settings, MARK: mark}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
     )  # fmt: skip
     code = None
     try:
@@ -114,16 +114,17 @@ def examine(mpiexec: str, rank_count: int) -> int:
 
 def _look_at_mpi(launcher: launch.Launcher, rank_count: int, added: list[str]) -> bool:
     """Start all ranks and let MPI tell what it is; return whether it works."""
-    alone = run_bounded([sys.executable, "-m", "jd_hpc.trial", "facts"]).answer
     seen = run_bounded(launch.command_line(launcher, rank_count, [], ["-m", "jd_hpc.trial", "facts"], added))
-    answer = seen.answer or alone
+    answer = seen.answer or run_bounded([sys.executable, "-m", "jd_hpc.trial", "facts"]).answer  # then at least one rank alone
     if not answer:
         _say("mpi4py", f"cannot start MPI. {seen.err.strip()[-800:]}")
         return False
     _say("mpi4py", f"runs on {answer['vendor']} {answer['version']}, threads: {answer['thread']}, ULFM: {_yes(answer['ulfm'])}")
     family = FAMILIES.get(answer["vendor"], "mpich")
     fits = family == launcher.family
-    _say("fit", "launcher and MPI belong together" if fits else f"NO: the launcher is of {launcher.family}, mpi4py runs on {family}")
+    _say(
+        "fit", "launcher and MPI belong together" if fits else f"NO: the launcher is of {launcher.family}, mpi4py runs on {family}"
+    )
     core = any(Path(__file__).parent.glob(f"_core_{family}.*"))
     _say("core", f"compiled for {family}" if core else f"NONE for {family}: rebuild jd_hpc with this MPI's mpicc")
     size = seen.answer.get("size")

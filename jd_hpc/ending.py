@@ -76,10 +76,10 @@ def why_failed() -> str | None:
 def exit_with(code: int) -> None:
     """Fix the exit code with which this process leaves after a failure.
 
-    Not needed under ``python -m jd_hpc``, which knows it exactly. A plain script cannot see its own exit code in an atexit hook. What is
-    known then: 1 after an uncaught exception, 130 after Ctrl-C, and what was given to `sys.exit` after the failure (also if somebody caught
-    that SystemExit). Not known are ``raise SystemExit(code)``, ``exit(code)`` and a `sys.exit` that was imported by name: these
-    leave with 0 if `exit_with` was not called.
+    Not needed under ``python -m jd_hpc``, which knows it exactly. A plain script cannot see its own exit code in an atexit hook.
+    What is known then: 1 after an uncaught exception, 130 after Ctrl-C, and what was given to `sys.exit` after the failure (also
+    if somebody caught that SystemExit). Not known are ``raise SystemExit(code)``, ``exit(code)`` and a `sys.exit` that was
+    imported by name: these leave with 0 if `exit_with` was not called.
     """
     _Ending.code = code
 
@@ -92,8 +92,8 @@ def status_of(code: object) -> int:
 def leave(code: int) -> NoReturn:
     """End this process now, in the way that fits after a failure. No atexit hook runs any more.
 
-    Rank 0 of COMM_WORLD waits for the others, as far as `failed` was told how, and ends the whole run by MPI_Abort; any other rank ends by
-    itself, and its supervisor stays until rank 0 ends the run.
+    Rank 0 of COMM_WORLD waits for the others, as far as `failed` was told how, and ends the whole run by MPI_Abort; any other rank
+    ends by itself, and its supervisor, with default flags, stays until rank 0 ends the run.
 
     Parameters
     ----------

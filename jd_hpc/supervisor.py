@@ -36,6 +36,8 @@ LOOK_EVERY_S = 0.5
 LAUNCHERS = ("mpiexec", "mpirun", "prterun", "prte", "prted", "orterun", "orted")
 HYDRA = "hydra_pmi_proxy"
 """Names of the processes that start ranks, as the kernel knows them (15 characters)."""
+WATCH_S = 3.0
+"""How long a launcher may take to end after rank 0 has left a run that failed."""
 MERCY_S = 5.0
 """After the launcher is gone the rank gets TERM, and after this time KILL."""
 
@@ -62,10 +64,11 @@ def rank_of(environ: dict[str, str]) -> int | None:
 def supervise() -> None:
     """Put a supervisor over this process. Call it before mpi4py.MPI is imported.
 
-    The process forks. The child returns from here and becomes the rank; the parent waits for it, and its exit code is 0 whatever became
-    of the rank, except over rank 0: there it is rank 0's own, or 128 + the signal that killed it. TERM, INT, HUP, QUIT and USR2 that are
-    sent to the parent are passed on; USR1, which Hydra sends to all survivors of a death, does nothing in either process unless the
-    script puts a handler. A signal that was sent to the whole process group thus reaches the rank twice.
+    The process forks. The child returns from here and becomes the rank; the parent waits for it, and its exit code is 0 whatever
+    became of the rank, except over rank 0: there it is rank 0's own, or 128 + the signal that killed it. TERM, INT, HUP, QUIT and
+    USR2 that are sent to the parent are passed on, save those of the terminal, which the rank has got itself; a signal that a
+    program sends to the whole process group reaches the rank twice. USR1, which Hydra sends to all survivors of a death, does
+    nothing in either process unless the script puts a handler.
 
     Nothing happens where no launcher is found, or in a rank that has a supervisor already.
 
@@ -78,7 +81,7 @@ def supervise() -> None:
     if rank is None or _Rank.pid == os.getpid():
         return
     if "mpi4py.MPI" in sys.modules:
-        raise LaunchError("supervise() came after mpi4py.MPI was imported. Cure: call it first, or start with: python -m jd_hpc script.py")
+        raise LaunchError("supervise() came after mpi4py.MPI was imported. Cure: call it first, or use python -m jd_hpc script.py")
     sys.stdout.flush()
     sys.stderr.flush()
     libc = ctypes.CDLL(None, use_errno=True)  # loaded before the fork: the child must be under guard at once
@@ -98,7 +101,10 @@ def supervise() -> None:
     os.close(read_fd)
     _Rank.notice_fd, _Rank.pid = notice_fd, os.getpid()
     if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
-        signal.signal(signal.SIGUSR1, _do_nothing)  # before MPI starts: MPICH's own handler calls the one it finds
+        # Before MPI starts: MPICH's own handler calls the one it finds. A C function without effect, and no handler of Python's:
+        # Python gives those up before mpi4py finalizes MPI, and a USR1 would then kill.
+        libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+        libc.signal(signal.SIGUSR1, ctypes.cast(libc.abs, ctypes.c_void_p))
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
@@ -123,7 +129,7 @@ def _say(word: bytes) -> None:
 def passes_code_on() -> bool:
     """Tell whether to leave with the exit code is all that this rank need do, since the supervisor then ends the run.
 
-    That is so for rank 0 under an Open MPI that was told to bear deaths: after MPI_Abort its mpiexec may return 0 whatever the code.
+    That is so for rank 0 under an Open MPI that was told to bear deaths: mpiexec may return 0 whatever MPI_Abort was given.
     """
     return _Rank.pid == os.getpid() and os.environ.get(LINGER_VARIABLE) == "0" and "PMIX_RANK" in os.environ
 
@@ -212,30 +218,49 @@ def _end_run(launcher: int, code: int, aborts: bool) -> None:
         elif name in LAUNCHERS and not aborts:
             os.kill(launcher, signal.SIGTERM)
         elif name in LAUNCHERS:
-            _leave_a_watcher(os.pidfd_open(launcher))
+            _leave_a_watcher(launcher, os.pidfd_open(launcher))
 
 
-def _leave_a_watcher(pidfd: int) -> None:
-    """Have a process that ends the launcher if that does not end by itself soon, since our exit code must reach it first."""
+def _leave_a_watcher(launcher: int, pidfd: int) -> None:
+    """Have a process that ends what does not end by itself soon, since our exit code must reach the launcher first.
+
+    Open MPI with ULFM lets a stopped or hanging rank live after MPI_Abort, and waits for it. On this node such ranks are killed,
+    whereupon their supervisors leave with 0; should that not be all, the launcher gets TERM, and its exit code is 1.
+    """
     if os.fork():
         return
-    os.setsid()
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1, 2):  # the launcher waits until nobody can print any more
-        os.dup2(nothing, fd)
-    if not select.select([pidfd], [], [], MERCY_S)[0]:
-        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-    os._exit(0)
+    try:
+        os.setsid()
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):  # the launcher waits until nobody can print any more
+            os.dup2(nothing, fd)
+        if not select.select([pidfd], [], [], 1.0)[0]:
+            for rank in _children(set(_children({launcher}))):
+                with contextlib.suppress(OSError):
+                    os.kill(rank, signal.SIGKILL)
+            if not select.select([pidfd], [], [], WATCH_S)[0]:
+                signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+    finally:
+        os._exit(0)
+
+
+def _children(parents: set[int]) -> list[int]:
+    """Return the processes of this node whose parent is one of these."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, ValueError):  # it ended meanwhile
+                if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) in parents:
+                    found.append(int(entry.name))
+    return found
 
 
 def _pidfd_of_rank_0(launcher: int) -> int | None:
     """Find the process that the same launcher started as rank 0 on this node, and return a file that tells its end."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError, ValueError):  # it ended meanwhile, or is not ours
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                if parent == launcher and rank_of(_environment(entry)) == 0:
-                    return os.pidfd_open(int(entry.name))
+    for pid in _children({launcher}):
+        with contextlib.suppress(OSError, ValueError):  # it ended meanwhile, or is not ours
+            if rank_of(_environment(Path(f"/proc/{pid}"))) == 0:
+                return os.pidfd_open(pid)
     return None
 
 

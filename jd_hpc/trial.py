@@ -1,7 +1,7 @@
 """``-m jd_hpc.trial KIND``: a run of a few seconds on raw mpi4py in which a slave fails, to see whether the others live.
 
-The rules it keeps: small messages, receives per source, no blocking call, everything has a limit. So what happens is the doing of the
-launcher and the MPI alone. Rank 0 prints one line of JSON when all survivors have done all their rounds.
+The rules it keeps: small messages, receives per source, no blocking call, everything has a limit. So what happens is the doing of
+the launcher and the MPI alone. Rank 0 prints one line of JSON when all survivors have done all their rounds.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ STOP_WELL, STOP_FAILED = -1, -2
 
 def fail(kind: str) -> None:
     """Let this process fail in the way that `kind` names."""
-    if kind == "SIGKILL":
-        os.kill(os.getpid(), signal.SIGKILL)
+    if kind in ("SIGKILL", "SIGSTOP"):
+        os.kill(os.getpid(), getattr(signal, kind))
     elif kind == "SEGV":
         ctypes.string_at(0)
     elif kind.startswith("_exit"):
@@ -163,7 +163,7 @@ def facts(mpi: Any) -> dict[str, Any]:
 
 
 def main(kind: str) -> None:
-    """Run as one rank. `kind`: SIGKILL, SEGV, _exit<code>, exception, none, or facts (no failure and no messages)."""
+    """Run as one rank. `kind`: SIGKILL, SIGSTOP, SEGV, _exit<code>, exception, none, or facts (no failure and no messages)."""
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD

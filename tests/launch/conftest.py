@@ -20,13 +20,16 @@ def pytest_collection_modifyitems(items):
 
 @contextlib.contextmanager
 def launches():
-    """Give a function that starts a script: `launch(size, script, *arguments, **environment)`. Of it nothing remains."""
+    """Give a function that starts a script: `launch(size, script, *arguments, **environment)`. Of it nothing remains.
+
+    `kind` is the class of launch, which tells how the script is started.
+    """
     started = []
 
-    def start(size, script, *arguments, **settings):
+    def start(size, script, *arguments, kind=Launch, **settings):
         # Not below pytest's own folder: the names of sockets must be short.
         folder = Path(tempfile.mkdtemp(prefix="jd_hpc_", dir="/tmp"))
-        started.append(Launch(folder, size, script, *arguments, **settings))
+        started.append(kind(folder, size, script, *arguments, **settings))
         return started[-1]
 
     yield start
@@ -47,6 +50,12 @@ def launches():
 def launch():
     with launches() as start:
         yield start
+
+
+@pytest.fixture(scope="session")
+def launching():
+    """`launch` as a context, for those who start several at a time."""
+    return launches
 
 
 @pytest.fixture(scope="module")

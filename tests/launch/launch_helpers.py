@@ -75,15 +75,20 @@ class Launch:
     def __init__(self, folder: Path, size: int, script: str, *arguments: object, **settings: str) -> None:
         self.mark = uuid.uuid4().hex
         self.folder, self.size = folder, size
-        command = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
-        if size:
-            command = [mpiexec(), "-n", str(size), *command]
+        self.left_files: list[Path] = []
+        command = self.command(str(SCRIPTS / script), *map(str, arguments))
         env = environment(**{MARK: self.mark, "TMPDIR": str(folder), **settings})
         self.begin = time.monotonic()
         self.process = subprocess.Popen(
-            command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
-            start_new_session=True,
+            command, cwd=folder, env=env, stdin=self.stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            errors="replace", start_new_session=True,
         )  # fmt: skip
+
+    stdin: int | None = None
+
+    def command(self, *words: str) -> list[str]:
+        """Return the command that starts the script and its arguments."""
+        return [*([mpiexec(), "-n", str(self.size)] if self.size else []), sys.executable, *words]
 
     def pids(self) -> list[int]:
         """Return all processes of this launch that are still there."""
@@ -112,11 +117,11 @@ class Launch:
             time.sleep(0.05)
         self.kill()
         assert not left, f"processes {left} outlived mpiexec"
-        left_files = [path for path in self.shared_memory() if path.exists()]
-        for path in left_files:
+        self.left_files = [path for path in self.shared_memory() if path.exists()]
+        for path in self.left_files:
             path.unlink()
         if self.size and self.process.returncode == 0:
-            assert not left_files, f"{left_files} remain in shared memory"
+            assert not self.left_files, f"{self.left_files} remain in shared memory"
         return Ended(self.process.returncode, out, err, seconds)
 
     def shared_memory(self) -> set[Path]:
