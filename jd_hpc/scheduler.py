@@ -244,8 +244,10 @@ class Scheduler:
     def next_given_up(self) -> int:
         """The next batch that must not be sent again as it is, or -1.
 
-        If it has as many strikes as there may be (or the master may not run it), the caller delivers the failure; else it submits
-        the batch's jobs one by one. Then it calls `release`.
+        If it has several jobs and exactly one strike left (but at least one strike), the caller takes it apart: it sets the jobs
+        aside, calls `release`, and submits them one by one with these strikes, before any new job, as slots become free. (To submit
+        them all before the release may wait for ever: every slot may hold such a batch.) Else it delivers the failure and then
+        calls `release`.
         """
         if self.given_up_length == 0:
             return -1
@@ -271,6 +273,8 @@ class Scheduler:
     def running(self, slave: int) -> int:
         """The slot that the slave runs now: the one that it got first of those that it holds; -1 if it holds none."""
         found = -1
+        if slave < 1:  # the master is no slave, and 0 stands for nobody too
+            return found
         for slot in range(self.batch_count):
             if self.batch_slave[slot] == slave and (found < 0 or self.batch_order[slot] < self.batch_order[found]):
                 found = slot
@@ -308,7 +312,8 @@ class Scheduler:
         """Everything that is known of a slot, for an error message."""
         return (
             f"slot {slot} of {self.batch_count}: {BATCH_STATES[self.batch_state[slot]]}, jobs {self.batch_first[slot]} "
-            f"+ {self.batch_jobs[slot]}, attempt {self.batch_attempt[slot]}, strikes {self.batch_strikes[slot]}, slave {self.batch_slave[slot]}"
+            f"+ {self.batch_jobs[slot]}, attempt {self.batch_attempt[slot]}, strikes {self.batch_strikes[slot]}, "
+            f"slave {self.batch_slave[slot]}"
         )
 
     # ---- inside ------------------------------------------------------------------------------------------------------

@@ -2,11 +2,15 @@
 
 The rules it keeps:
 
-- The master sees what a real one would: messages, and its own belief that a slave is lost. That belief may be wrong.
+- The master sees what a real one would: messages, silence, and notices that a slave is lost. What it believes may be wrong.
 - Messages between the master and one slave keep their order, each way; nothing else keeps any order.
-- Faults: a slave dies and is started again sooner or later; a live slave is believed lost for a while; an answer comes
-  twice, or is none.
-- What the scheduler does is checked at each step against the simulator's own books. After the faults, all must end.
+- A slave runs its batches in the order in which they came, also those that the master took back while it was silent.
+- Faults: see `Scenario`. A slave that dies is started again sooner or later; only if the master may work alone, some never are.
+- `Books` checks each step (safety). After the faults, all must end (liveness).
+- A poisonous job makes at most `max_attempts` slaves fail for which the master can know that it was this job, since each of them
+  strikes its batch. It cannot know it if the slave still owed an older answer that was on its way, or ran what had been taken back
+  from it before. If nothing but poisonous jobs goes wrong, there are no others, and no other job is given up: unless no slave is
+  left, or it was dispatched 256 times because it stood behind poisonous ones so often, or `max_attempts` is 1.
 
 `run(module, scenario)` raises `SimulationError`, which names the scenario.
 """
@@ -15,390 +19,344 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections import defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from itertools import count
+from dataclasses import dataclass, field
+from math import log
 from types import ModuleType
 from typing import Any
 
+from books import Books, Dispatch, SimulationError
+from driver import Driver
+from scenario import Scenario
 
-@dataclass(frozen=True)
-class Scenario:
-    """What is simulated. Times are in virtual seconds, one second being a job's mean duration."""
+__all__ = ["Outcome", "Scenario", "SimulationError", "run"]
 
-    seed: int
-    slaves: int = 20
-    jobs: int = 500
-    grain: int = 3
-    credit: int = 2
-    max_attempts: int = 3
-    read_ahead: int = 4
-    death_rate: float = 0.02  # chance that a slave dies while it runs a batch
-    doubt_rate: float = 0.02  # chance that the master gives up a live slave after an answer
-    twice_rate: float = 0.02  # chance that an answer comes twice
-    bogus_rate: float = 0.02  # chance that an answer follows one that is none
-    faults_until: float = 100.0  # then no more faults happen
-    work_alone: bool = False  # the master works itself while no slave is up
-    scarce: bool = False  # jobs come more slowly than the slaves could run them
-
-    @classmethod
-    def random(cls, seed: int, **fixed: Any) -> Scenario:
-        """A scenario of random size and faults."""
-        draw = random.Random(seed)
-        drawn = cls(
-            seed=seed,
-            slaves=draw.choice([1, 2, 3, 5, 10, 40]),
-            jobs=draw.randint(1, 400),
-            grain=draw.choice([1, 1, 2, 7]),
-            credit=draw.choice([1, 2, 2, 5]),
-            max_attempts=draw.choice([1, 2, 3, 10]),
-            read_ahead=draw.choice([0, 1, 8]),
-            death_rate=draw.choice([0.0, 0.02, 0.2]),
-            doubt_rate=draw.choice([0.0, 0.02, 0.2]),
-            twice_rate=draw.choice([0.0, 0.05, 0.3]),
-            faults_until=draw.choice([20.0, 200.0]),
-            work_alone=draw.random() < 0.3,
-            scarce=draw.random() < 0.3,
-        )
-        return replace(drawn, **fixed)
+EVENTS_MOST = 2_000_000  # no run of ours needs so many: it would never end
+COUNTERS = ("sent", "ended", "resent", "late", "refused", "lost", "suspected", "reinstated")
 
 
-class SimulationError(AssertionError):
-    """The scheduler broke a promise."""
-
-
-@dataclass(frozen=True)
-class Jobs:
-    """A message to a slave: a batch."""
-
-    slot: int
-    first: int
-    jobs: int
-    attempt: int
-    content: tuple[int, ...]  # the slot's buffer when it was sent
-
-
-@dataclass
+@dataclass(slots=True, eq=False)
 class Slave:
-    """A slave's process, and what the master may know of it."""
+    """A slave's process, which nobody sees from outside."""
 
     number: int
     life: int = 0  # raised when it dies: what was meant for the life before is gone
-    alive: bool = True
-    inbox: deque[Jobs] = field(default_factory=deque)
-    running: bool = False
-    outstanding: dict[tuple[int, int], int] = field(
-        default_factory=dict
-    )  # (slot, attempt) → first, while it is believed up
-    ready_since: int | None = None  # number of the dispatch before which it became ready
+    heard_life: int = -1  # the one whose report the master has heard: that is whom it sends to
+    muted: int = -1  # answers of lives up to this one are lost
+    started: bool = False
+    stopped: bool = False
+    for_good: bool = False
+    busy: bool = False
+    due: bool = False  # it finished its batch, had it not been stopped
+    silence: int = 0  # raised when it falls silent or is heard again
+    inbox: deque[Dispatch] = field(default_factory=deque)
+    down_free: float = 0.0  # when the last message to it arrives
+    up_free: float = 0.0  # and from it
 
 
 @dataclass
 class Outcome:
     """What came of a run."""
 
-    delivered: int = 0  # batches
+    delivered: int = 0  # jobs
     failed: int = 0
     slots_most: int = 0  # open at once
     events: int = 0
     time: float = 0.0
     waited_most: int = 0  # dispatches that went to others while a ready slave waited
     counters: dict[str, int] = field(default_factory=dict)
-
-
-def content_of(first: int, jobs: int) -> tuple[int, ...]:
-    """What stands in a batch's buffer, and in its results."""
-    return tuple(range(first, first + jobs))
+    faults: Counter[str] = field(default_factory=Counter)
+    gave_up: list[int] = field(default_factory=list)
+    hurt: Counter[int] = field(default_factory=Counter)  # slaves that failed, by poisonous job
 
 
 class Simulation:
     """One run."""
 
     def __init__(self, module: ModuleType, scenario: Scenario) -> None:
-        self.module, self.scenario = module, scenario
-        self.random = random.Random(scenario.seed)
-        self.slots = max(1, scenario.slaves * scenario.credit) + scenario.read_ahead
-        self.s = module.Scheduler(scenario.slaves, scenario.credit, self.slots, scenario.max_attempts)
-        self.slaves = {number: Slave(number) for number in range(1, scenario.slaves + 1)}
-        self.up: set[int] = set()  # as the master believes
-        self.now = 0.0
+        self.scenario, self.random = scenario, random.Random(scenario.seed)
+        self.uniform = self.random.random
+        self.books = Books(module, scenario, max(1, scenario.slaves * scenario.credit) + scenario.read_ahead)
+        self.books.where = lambda: f"(at {self.now:.3f} s, event {self.out.events})"
+        self.driver = Driver(self.books, self.sends, lambda action, *args: self.at(self.now + self.some(0.5), action, *args))
+        self.slaves = [Slave(number) for number in range(scenario.slaves + 1)]
+        self.poison = frozenset(self.random.sample(range(scenario.jobs), min(scenario.poison, scenario.jobs)))
+        self.now, self.serial = 0.0, 0
         self.queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
-        self.serial = count()
-        self.link_free: dict[tuple[int, str], float] = defaultdict(float)  # when the last message on it arrives
-        self.buffers: dict[int, tuple[int, ...]] = {}  # of slots that are not free
-        self.next_job = 0
-        self.available = 0 if scenario.scarce else scenario.jobs  # jobs that the user has
-        self.open_batches: set[int] = set()  # first jobs of batches that have not ended
-        self.ended: set[int] = set()
-        self.made: set[tuple[int, int, int]] = set()  # (slot, first, attempt) that were sent
         self.out = Outcome()
-        self.dispatched = 0
 
     # ---- time and network ----------------------------------------------------------------------------------------
 
     def at(self, time: float, action: Callable[..., None], *args: Any) -> None:
-        heapq.heappush(self.queue, (time, next(self.serial), action, args))
+        self.serial += 1
+        heapq.heappush(self.queue, (time, self.serial, action, args))
 
-    def send(self, number: int, way: str, action: Callable[..., None], *args: Any) -> None:
-        """A message between the master and a slave; it never overtakes an older one on the same way."""
-        arrival = max(self.now + self.random.expovariate(10), self.link_free[number, way])
-        self.link_free[number, way] = arrival
-        self.at(arrival, action, *args)
+    def some(self, mean: float) -> float:
+        """A random time."""
+        return -log(1.0 - self.uniform()) * mean
 
-    def chance(self, rate: float) -> bool:
-        return self.now < self.scenario.faults_until and self.random.random() < rate
+    def chance(self, rate: float, fault: str) -> bool:
+        if rate == 0.0 or self.now >= self.scenario.faults_until or self.uniform() >= rate:
+            return False
+        self.out.faults[fault] += 1
+        return True
+
+    def sends(self, number: int, dispatch: Dispatch) -> None:
+        """The master sends a batch, or runs it itself."""
+        if number == 0:
+            self.at(self.now + self.some(dispatch.jobs), self.driver.hears_own_answer, dispatch)
+            return
+        slave = self.slaves[number]
+        slave.down_free = max(self.now + self.some(self.scenario.delay), slave.down_free)
+        self.at(slave.down_free, self.receives, slave, slave.heard_life, dispatch)
+
+    def says(self, slave: Slave, action: Callable[..., None], *args: Any) -> None:
+        """A message to the master; it never overtakes an older one."""
+        slave.up_free = max(self.now + self.some(self.scenario.delay), slave.up_free)
+        self.at(slave.up_free, action, slave, slave.life, *args)
 
     # ---- slaves --------------------------------------------------------------------------------------------------
 
-    def slave_starts(self, slave: Slave) -> None:
-        slave.alive = True
-        self.send(slave.number, "up", self.master_hears_ready, slave)
+    def starts(self, slave: Slave, life: int) -> None:
+        if slave.life == life:
+            slave.started = True
+            slave.silence += 1
+            self.says(slave, self.reported)
 
-    def slave_receives(self, slave: Slave, life: int, jobs: Jobs) -> None:
-        if slave.alive and slave.life == life:
-            slave.inbox.append(jobs)
-            self.slave_works(slave)
+    def receives(self, slave: Slave, life: int, dispatch: Dispatch) -> None:
+        if slave.life == life:
+            slave.inbox.append(dispatch)
+            self.works(slave)
 
-    def slave_works(self, slave: Slave) -> None:
-        if slave.running or not slave.inbox:
+    def works(self, slave: Slave) -> None:
+        if slave.busy or slave.stopped or not slave.inbox:
             return
-        slave.running = True
-        takes = sum(self.random.expovariate(1) for _ in slave.inbox[0].content)
-        if self.chance(self.scenario.death_rate):
-            self.at(self.now + takes * self.random.random(), self.slave_dies, slave, slave.life)
+        slave.busy = True
+        dispatch = slave.inbox[0]
+        takes = self.some(dispatch.jobs)
+        if self.chance(self.scenario.death_rate, "killed at work"):
+            self.at(self.now + takes * self.uniform(), self.dies, slave, slave.life)
+        if self.chance(self.scenario.stop_rate, "stopped at work"):
+            self.at(self.now + takes * self.uniform(), self.stops, slave, slave.life)
+        self.at(self.now + takes, self.finishes, slave, slave.life)
+
+    def finishes(self, slave: Slave, life: int) -> None:
+        if slave.life != life:
+            return
+        if slave.stopped:
+            slave.due = True
+            return
+        dispatch, scenario = slave.inbox.popleft(), self.scenario
+        slave.busy = slave.due = False
+        if not self.poison.isdisjoint(dispatch.content):
+            self.is_poisoned(slave, dispatch)
+            return
+        if self.chance(scenario.bogus_rate, "bogus"):
+            self.says(slave, self.told_nonsense, dispatch)
+        self.says(slave, self.answered, dispatch)
+        if self.chance(scenario.twice_rate, "twice"):
+            self.says(slave, self.answered, dispatch)
+        if self.chance(scenario.doubt_rate, "doubt"):
+            self.at(self.now + self.some(1), self.doubts, slave)
+        self.works(slave)
+
+    # ---- faults --------------------------------------------------------------------------------------------------
+
+    def is_poisoned(self, slave: Slave, dispatch: Dispatch) -> None:
+        """It came to a poisonous job: it dies, or never says a word again."""
+        job = next(job for job in dispatch.content if job in self.poison)
+        self.out.hurt[job] += 1
+        self.out.faults["poisoned"] += 1
+        if self.uniform() < self.scenario.hang_rate:
+            self.stops(slave, slave.life, for_good=True)
         else:
-            self.at(self.now + takes, self.slave_answers, slave, slave.life)
+            self.dies(slave, slave.life)
 
-    def slave_answers(self, slave: Slave, life: int) -> None:
+    def is_killed(self, slave: Slave) -> None:
+        """At any time, whatever it does."""
+        self.out.faults[f"killed {self.doing(slave)}"] += 1
+        self.dies(slave, slave.life)
+
+    def is_stopped(self, slave: Slave) -> None:
+        self.out.faults[f"stopped {self.doing(slave)}"] += 1
+        self.stops(slave, slave.life)
+
+    def doing(self, slave: Slave) -> str:
+        if not slave.started:
+            return "before its start"
+        if slave.stopped:
+            return "while stopped"
+        if slave.busy:
+            return "at work"
+        return "at the end" if all(self.books.how) else "while idle"
+
+    def dies(self, slave: Slave, life: int) -> None:
         if slave.life != life:
             return
-        jobs = slave.inbox.popleft()
-        slave.running = False
-        if self.chance(self.scenario.bogus_rate):
-            self.send(slave.number, "up", self.master_hears_nonsense, slave, jobs)
-        for _ in range(2 if self.chance(self.scenario.twice_rate) else 1):
-            self.send(slave.number, "up", self.master_hears_answer, slave, jobs)
-        if self.chance(self.scenario.doubt_rate):
-            self.at(self.now + self.random.expovariate(1), self.master_gives_up, slave, None)
-        self.slave_works(slave)
-
-    def slave_dies(self, slave: Slave, life: int) -> None:
-        if slave.life != life:
-            return
+        if self.chance(self.scenario.mute_rate, "answers lost"):
+            slave.muted = life
         slave.life += 1
-        slave.alive = slave.running = False
+        slave.silence += 1
+        slave.started = slave.stopped = slave.busy = slave.due = False
         slave.inbox.clear()
-        if self.random.random() < 0.7:  # else it is found out only by its return
-            self.at(self.now + self.random.expovariate(0.2), self.master_gives_up, slave, slave.life)
-        self.at(self.now + self.random.expovariate(0.1), self.slave_starts, slave)
+        gone = self.scenario.work_alone and self.uniform() < self.scenario.gone_rate
+        if not gone:
+            self.at(self.now + self.some(3), self.starts, slave, slave.life)
+        if gone or self.uniform() < 0.7:  # else it is found out by its return, at the latest
+            self.falls_silent(slave, told=self.uniform() < 0.5)
+
+    def stops(self, slave: Slave, life: int, for_good: bool = False) -> None:
+        if slave.life != life or slave.stopped or not slave.started:
+            return
+        slave.stopped = True
+        self.falls_silent(slave)
+        slave.for_good = for_good or self.uniform() < self.scenario.for_good
+        if not slave.for_good:
+            self.at(self.now + self.some(3), self.continues, slave, slave.silence)
+
+    def continues(self, slave: Slave, silence: int) -> None:
+        if slave.silence != silence:
+            return
+        slave.stopped = False
+        slave.silence += 1
+        beat_first = self.uniform() < 0.5
+        if beat_first:
+            self.says(slave, self.is_there)
+        if slave.due:
+            self.finishes(slave, slave.life)
+        else:
+            self.works(slave)
+        if not beat_first:
+            self.says(slave, self.is_there)
+
+    def falls_silent(self, slave: Slave, told: bool = False) -> None:
+        """The master will be told of it, or will notice: some time after the last that it hears."""
+        slave.silence += 1
+        heard = max(self.now, slave.up_free)
+        if told:
+            self.at(heard + self.some(1), self.loses, slave, slave.silence)
+            return
+        self.at(heard + self.scenario.suspect_after, self.suspects, slave, slave.silence)
+        self.at(heard + self.scenario.lost_after, self.loses, slave, slave.silence)
+
+    def floods(self, slave: Slave, left: int) -> None:
+        """The master's patience is at its end and begins again, many times in a moment."""
+        state = self.books.slaves[slave.number].state
+        self.out.faults["flood"] += 1
+        if state == "up" and left > 0:
+            self.driver.hears_silence(slave.number)
+        elif state == "suspect":
+            self.driver.hears_ready(slave.number)
+        if left > 0:
+            self.at(self.now + 0.001, self.floods, slave, left - 1)
 
     # ---- what the master hears -----------------------------------------------------------------------------------
 
-    def master_hears_ready(self, slave: Slave) -> None:
-        if slave.number in self.up:  # it died and returned before anybody noticed
-            self.lose(slave)
-        self.check(self.s.on_ready(slave.number) == 0, f"slave {slave.number} reports for work and is refused")
-        self.up.add(slave.number)
-        self.becomes_ready(slave)
-
-    def master_gives_up(self, slave: Slave, life: int | None) -> None:
-        """A slave that died, or is only silent: that one reports for work again when it hears that it was given up."""
-        if slave.number not in self.up or (life is not None and slave.life != life):
+    def reported(self, slave: Slave, life: int) -> None:
+        """A new process reports for work."""
+        if slave.life != life:
             return
-        self.lose(slave)
-        if slave.alive:
-            self.send(slave.number, "down", self.slave_hears_it_was_given_up, slave, slave.life)
+        if self.books.slaves[slave.number].state == "up":  # the one before died before anybody noticed
+            self.driver.hears_loss(slave.number)
+        slave.heard_life = life
+        self.driver.hears_ready(slave.number)
 
-    def slave_hears_it_was_given_up(self, slave: Slave, life: int) -> None:
-        if slave.life == life:
-            self.send(slave.number, "up", self.master_hears_ready, slave)
+    def is_there(self, slave: Slave, life: int) -> None:
+        """A beat, or a word of one that was given up."""
+        if slave.heard_life == life == slave.life and self.books.slaves[slave.number].state in ("suspect", "lost"):
+            self.driver.hears_ready(slave.number)
 
-    def lose(self, slave: Slave) -> None:
-        again = {first for first in slave.outstanding.values() if first in self.open_batches}
-        held = self.s.on_lost(slave.number)
-        self.check(held == len(again), f"slave {slave.number} was lost with {len(again)} batches, on_lost says {held}")
-        self.up.discard(slave.number)
-        slave.outstanding.clear()
-        slave.ready_since = None
+    def answered(self, slave: Slave, life: int, dispatch: Dispatch) -> None:
+        if life > slave.muted:
+            facts = dispatch.slot, dispatch.first, dispatch.jobs, dispatch.attempt
+            self.driver.hears_answer(slave.number, facts, dispatch.content)
 
-    def master_hears_nonsense(self, slave: Slave, jobs: Jobs) -> None:
+    def told_nonsense(self, slave: Slave, life: int, dispatch: Dispatch) -> None:
         """Numbers near the right ones that never were a dispatch."""
-        wrong = random.Random(jobs.first).choice(
-            [
-                (jobs.slot, jobs.first, len(jobs.content) + 1, jobs.attempt),
-                (jobs.slot, jobs.first + (1 << 40), len(jobs.content), jobs.attempt),
-                (jobs.slot, jobs.first, len(jobs.content), self.scenario.max_attempts),
-                (self.slots, jobs.first, len(jobs.content), jobs.attempt),
-                ((jobs.slot + 1) % self.slots, jobs.first, len(jobs.content), jobs.attempt),
-                (-1, -1, -1, -1),
-            ]
-        )
-        if (wrong[0], wrong[1], wrong[3]) in self.made and wrong[2] == len(jobs.content):
+        slot, first, jobs, attempt = dispatch.slot, dispatch.first, dispatch.jobs, dispatch.attempt
+        wrong = [
+            (slot, first, jobs + 1, attempt),
+            (slot, first, jobs - 1, attempt),
+            (slot, first + (1 << 40), jobs, attempt),
+            (slot, first, jobs, attempt + 1),
+            (slot, first, jobs, 255),
+            (self.books.slot_count, first, jobs, attempt),
+            ((slot + 1) % self.books.slot_count, first, jobs, attempt),
+            (-1, -1, -1, -1),
+        ][int(self.uniform() * 8)]
+        if self.books.expected(wrong) != "deliver":  # it may be what another attempt's answer is
+            self.driver.hears_answer(slave.number, wrong, ())
+
+    def suspects(self, slave: Slave, silence: int) -> None:
+        if slave.silence == silence and self.books.slaves[slave.number].state == "up":
+            self.out.faults["silence"] += 1
+            self.driver.hears_silence(slave.number)
+
+    def loses(self, slave: Slave, silence: int) -> None:
+        if slave.silence != silence:
             return
-        self.check(self.verdict(slave, wrong) != "deliver", f"the bogus answer {wrong} was accepted")
+        if self.books.slaves[slave.number].state != "lost":
+            self.driver.hears_loss(slave.number)
+        if slave.stopped and (slave.for_good or self.uniform() < 0.5):  # the supervisor kills it; else it will be back
+            self.dies(slave, slave.life)
 
-    def master_hears_answer(self, slave: Slave, jobs: Jobs) -> None:
-        facts = (jobs.slot, jobs.first, jobs.jobs, jobs.attempt)
-        self.answered(slave.number, facts, jobs.content)
-
-    def answered(self, number: int, facts: tuple[int, int, int, int], results: tuple[int, ...]) -> None:
-        slot, first, _, attempt = facts
-        was_open = first in self.open_batches
-        verdict = self.verdict(self.slaves.get(number), facts)
-        slave = self.slaves.get(number)
-        if slave is not None and slave.outstanding.get((slot, attempt)) == first:
-            del slave.outstanding[slot, attempt]
-            self.becomes_ready(slave)
-        self.check(
-            verdict == ("deliver" if was_open else "late"),
-            f"the answer {facts} of slave {number} got verdict {verdict}",
-        )
-        if verdict == "deliver":
-            self.check(
-                self.buffers[slot] == results, f"slot {slot} holds {self.buffers[slot]}, its results are {results}"
-            )
-            self.out.delivered += 1
-            self.end(slot, first)
-
-    def verdict(self, slave: Slave | None, facts: tuple[int, int, int, int]) -> str:
-        return self.module.VERDICTS[self.s.on_result(0 if slave is None else slave.number, *facts)]
+    def doubts(self, slave: Slave) -> None:
+        """A live slave is given up, and says that it is there."""
+        if self.books.slaves[slave.number].state == "up":
+            self.driver.hears_loss(slave.number)
+            if not slave.stopped:
+                self.says(slave, self.is_there)
 
     def job_arrives(self) -> None:
         """The user has one more, and another one later."""
-        self.available += 1
-        if self.available < self.scenario.jobs:
-            self.at(self.now + self.random.expovariate(0.5 * self.scenario.slaves), self.job_arrives)
+        self.driver.available += 1
+        self.driver.turn()
+        if self.driver.available < self.scenario.jobs:
+            self.at(self.now + self.some(2 / max(1, self.scenario.slaves)), self.job_arrives)
 
-    # ---- what the master does ------------------------------------------------------------------------------------
+    # ---- the run -------------------------------------------------------------------------------------------------
 
-    def end(self, slot: int, first: int) -> None:
-        self.check(first not in self.ended, f"the batch from job {first} on ended twice")
-        self.check(first in self.open_batches, f"the batch from job {first} on ended and never began")
-        self.open_batches.remove(first)
-        self.ended.add(first)
-        self.check(self.s.release(slot) == 0, f"cannot release {self.s.describe(slot)}")
-
-    def becomes_ready(self, slave: Slave) -> None:
-        if slave.ready_since is None and len(slave.outstanding) < self.scenario.credit:
-            slave.ready_since = self.dispatched
-
-    def master_turns(self) -> None:
-        """What a master does after each event."""
-        while (slot := self.s.next_given_up()) >= 0:
-            self.out.failed += 1
-            self.check(
-                self.s.attempt(slot) == self.scenario.max_attempts, f"given up too early: {self.s.describe(slot)}"
-            )
-            self.end(slot, self.s.first(slot))
-        alone = self.scenario.work_alone and not self.up
-        room = self.s.free_credit + self.scenario.read_ahead - self.s.waiting_count if self.up else int(alone)
-        while self.next_job < self.available and room > 0 and (slot := self.s.open()) >= 0:
-            room -= 1
-            self.fill(slot)
-        while (slot := self.s.assign()) >= 0:
-            self.dispatch(slot)
-        if alone and (slot := self.s.assign_local()) >= 0:
-            facts = (slot, self.s.first(slot), self.s.jobs(slot), self.s.attempt(slot))
-            self.made.add((slot, facts[1], facts[3]))
-            self.answered(0, facts, self.buffers[slot])
-        self.check_counts()
-
-    def fill(self, slot: int) -> None:
-        users = [slave.number for slave in self.slaves.values() for used, _ in slave.outstanding if used == slot]
-        self.check(not users, f"slot {slot} is reused while slaves {users} work on it")
-        jobs = min(self.scenario.grain, self.available - self.next_job)
-        self.buffers[slot] = content_of(self.next_job, jobs)
-        self.open_batches.add(self.next_job)
-        self.check(self.s.submit(slot, self.next_job, jobs) == 0, f"cannot submit {self.s.describe(slot)}")
-        self.next_job += jobs
-
-    def dispatch(self, slot: int) -> None:
-        number, first, attempt = self.s.holder(slot), self.s.first(slot), self.s.attempt(slot)
-        self.check(number in self.up, f"slave {number} is not up and gets {self.s.describe(slot)}")
-        self.check(first in self.open_batches, f"a batch goes out that has ended: {self.s.describe(slot)}")
-        slave = self.slaves[number]
-        self.check_turns(slave)
-        slave.ready_since = None
-        slave.outstanding[slot, attempt] = first
-        self.check(len(slave.outstanding) <= self.scenario.credit, f"slave {number} gets more than its credit")
-        self.check((slot, first, attempt) not in self.made, f"the same attempt twice: {self.s.describe(slot)}")
-        self.check(attempt < self.scenario.max_attempts, f"too many attempts: {self.s.describe(slot)}")
-        self.made.add((slot, first, attempt))
-        self.dispatched += 1
-        self.becomes_ready(slave)
-        message = Jobs(slot, first, self.s.jobs(slot), attempt, self.buffers[slot])
-        self.send(number, "down", self.slave_receives, slave, slave.life, message)
-
-    # ---- checks --------------------------------------------------------------------------------------------------
-
-    def check(self, holds: bool, otherwise: str) -> None:
-        if not holds:
-            raise SimulationError(f"{otherwise} (at {self.now:.3f} s, event {self.out.events})\n{self.scenario}")
-
-    def check_counts(self) -> None:
-        """After each step; only what can be told at once."""
-        s = self.s
-        self.out.slots_most = max(self.out.slots_most, s.open_count)
-        self.check(s.open_count <= self.slots, f"{s.open_count} slots are open, the ledger has {self.slots}")
-        self.check(
-            s.open_count >= len(self.open_batches), f"{len(self.open_batches)} batches in {s.open_count} open slots"
-        )
-        self.check(s.up_count == len(self.up), f"{len(self.up)} slaves are up, up_count says {s.up_count}")
-        self.check(s.ended == len(self.ended), f"{len(self.ended)} batches ended, the scheduler says {s.ended}")
-        self.check(s.waiting_count == 0 or s.ready_count == 0, "a slave is ready and a batch waits")
-        if self.out.events % 50 == 0:
-            self.check_books()
-
-    def check_books(self) -> None:
-        """Every slave and every slot: not at each step, since there are many."""
-        s, credit = self.s, self.scenario.credit
-        for slave in self.slaves.values():
-            self.check(
-                s.held(slave.number) == len(slave.outstanding),
-                f"slave {slave.number} holds {s.held(slave.number)}, but owes {slave.outstanding}",
-            )
-        free_credit = sum(credit - len(self.slaves[number].outstanding) for number in self.up)
-        self.check(s.free_credit == free_credit, f"free_credit is {s.free_credit}, not {free_credit}")
-        ready = sum(len(self.slaves[number].outstanding) < credit for number in self.up)
-        self.check(s.ready_count == ready, f"ready_count is {s.ready_count}, not {ready}")
-        busy = sum(self.module.BATCH_STATES[s.state_of_batch(slot)] != "free" for slot in range(self.slots))
-        self.check(s.open_count == busy, f"open_count is {s.open_count}, and {busy} slots are not free")
-        for number in self.up:
-            self.check_turns(self.slaves[number])
-
-    def check_turns(self, slave: Slave) -> None:
-        """Nobody who is ready waits while somebody else gets two turns."""
-        waited = 0 if slave.ready_since is None else self.dispatched - slave.ready_since
-        self.out.waited_most = max(self.out.waited_most, waited)
-        self.check(waited < self.scenario.slaves, f"slave {slave.number} is ready and waited for {waited} dispatches")
+    def plan(self) -> None:
+        """The start, and the faults that come at any time."""
+        scenario = self.scenario
+        for slave in self.slaves[1:]:
+            self.at(self.some(1), self.starts, slave, 0)
+        span = min(scenario.faults_until, 2 + 1.3 * scenario.jobs / max(1, scenario.slaves))
+        faults = [(self.is_killed,)] * scenario.kills + [(self.is_stopped,)] * scenario.stops
+        faults += [(self.floods, scenario.flaps)] * scenario.floods
+        for action, *args in faults if scenario.slaves else ():
+            self.at(self.uniform() * span, action, self.random.choice(self.slaves[1:]), *args)
+        if scenario.scarce:
+            self.job_arrives()
+        self.driver.turn()
 
     def run(self) -> Outcome:
-        for slave in self.slaves.values():
-            self.at(self.random.expovariate(1), self.slave_starts, slave)
-        if self.scenario.scarce:
-            self.job_arrives()
-        self.master_turns()
-        while self.queue:
-            self.now, _, action, args = heapq.heappop(self.queue)
+        self.plan()
+        queue, pop = self.queue, heapq.heappop
+        while queue:
+            self.now, _, action, args = pop(queue)
             self.out.events += 1
+            self.books.check(self.out.events < EVENTS_MOST, "it never ends")
             action(*args)
-            self.master_turns()
         self.out.time = self.now
         self.check_the_end()
         return self.out
 
     def check_the_end(self) -> None:
-        """Liveness: nothing is under way any more, so all must have ended."""
-        s = self.s
-        self.check(
-            self.next_job == self.scenario.jobs, f"only {self.next_job} of {self.scenario.jobs} jobs were fetched"
-        )
-        self.check(not self.open_batches, f"the batches from {sorted(self.open_batches)} on never ended")
-        self.check(s.open_count == 0, f"{s.open_count} slots never became free")
-        self.check(len(self.ended) == self.out.delivered + self.out.failed, "batches were not counted")
-        self.check_books()
-        self.out.counters = {name: getattr(s, name) for name in ("sent", "ended", "resent", "late", "refused", "lost")}
+        books, out = self.books, self.out
+        books.check_the_end()
+        out.delivered, out.failed = books.how.count("delivered"), books.how.count("failed")
+        out.slots_most, out.waited_most = books.slots_most, books.waited_most
+        out.gave_up = sorted(books.gave_up)
+        out.faults.update(books.events)
+        out.counters = {name: getattr(books.s, name) for name in COUNTERS}
+        if self.scenario.only_poison:
+            limit = self.scenario.max_attempts
+            books.check(max(out.hurt.values(), default=0) <= limit, f"slaves that poisonous jobs cost: {out.hurt}")
+            innocent = {job for job, because in books.gave_up.items() if because == "strikes"} - self.poison
+            apart = limit > 1 or self.scenario.grain == 1  # else a batch fails as a whole
+            books.check(not (apart and innocent), f"innocent jobs were given up: {innocent}")
 
 
 def run(module: ModuleType, scenario: Scenario) -> Outcome:

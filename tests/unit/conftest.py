@@ -1,4 +1,4 @@
-"""Fixtures of the tests of the side channel."""
+"""Fixtures of the unit tests."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from scheduler_driver import Driver
 from beats_helpers import PERIOD_S, REST, SIZE, SLAVE, WATCHDOG_S, Master, descriptors, threads, until
 
 from jd_hpc.beats import Listener
@@ -74,3 +75,11 @@ def said(caplog):
     """The lines in the log."""
     caplog.set_level(logging.WARNING, "jd_hpc")
     return lambda: [record.getMessage() for record in caplog.records]
+
+
+@pytest.fixture
+def drive(scheduler_module):
+    def make(**options):
+        return Driver(scheduler_module, **options)
+
+    return make

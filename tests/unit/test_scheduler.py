@@ -1,4 +1,4 @@
-"""Every transition of the scheduler, and every call that it refuses; compiled and uncompiled."""
+"""The scheduler while all goes well, and every call that it refuses; compiled and uncompiled."""
 
 from __future__ import annotations
 
@@ -6,70 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+from scheduler_driver import COUNTERS, TOTALS
 
 import jd_hpc
-
-COUNTERS = ("up_count", "absent_count", "ready_count", "waiting_count", "open_count", "free_credit")
-TOTALS = ("sent", "ended", "resent", "late", "refused", "lost")
-
-
-class Driver:
-    """A scheduler that speaks in names instead of numbers, and remembers what it sent."""
-
-    def __init__(self, module, slaves=3, credit=1, batches=6, max_attempts=3, up=True):
-        self.module = module
-        self.s = module.Scheduler(slaves, credit, batches, max_attempts)
-        self.next_job = 0
-        for slave in range(1, slaves + 1 if up else 1):
-            assert self.s.on_ready(slave) == 0
-
-    def submit(self, jobs=1):
-        slot = self.s.open()
-        assert slot >= 0
-        assert self.s.submit(slot, self.next_job, jobs) == 0
-        self.next_job += jobs
-        return slot
-
-    def send(self, jobs=1):
-        """Submit a batch and assign it: (slot, slave)."""
-        self.submit(jobs)
-        return self.assign()
-
-    def assign(self):
-        slot = self.s.assign()
-        assert slot >= 0
-        return slot, self.s.holder(slot)
-
-    def dispatch(self, slot):
-        """What travels with a batch, and comes back with its answer."""
-        return (slot, self.s.first(slot), self.s.jobs(slot), self.s.attempt(slot))
-
-    def answer(self, slave, dispatch):
-        return self.module.VERDICTS[self.s.on_result(slave, *dispatch)]
-
-    def batch(self, slot):
-        return self.module.BATCH_STATES[self.s.state_of_batch(slot)]
-
-    def slave(self, slave):
-        return self.module.SLAVE_STATES[self.s.state_of_slave(slave)]
-
-    def facts(self):
-        """All that can be seen from outside."""
-        s = self.s
-        return (
-            {name: getattr(s, name) for name in COUNTERS + TOTALS},
-            [(self.slave(i), s.held(i)) for i in range(s.slave_count + 1)],
-            [s.describe(slot) for slot in range(s.batch_count)],
-        )
-
-
-@pytest.fixture
-def drive(scheduler_module):
-    def make(**options):
-        return Driver(scheduler_module, **options)
-
-    return make
-
 
 # ---- constants and constructor -----------------------------------------------------------------------------------
 
@@ -83,11 +22,12 @@ def test_constants_are_the_places_of_the_names(uncompiled, compiled):
 
 def test_constants_are_those_of_the_pxd(uncompiled):
     text = (Path(jd_hpc.__file__).parent / "scheduler.pxd").read_text()
-    in_c = dict(re.findall(r"^ {4}((?:SLAVE|BATCH|VERDICT)_[A-Z]+) = (\d+)", text, re.MULTILINE))
+    in_c = dict(re.findall(r"^ {4}([A-Z]+_[A-Z]+) = (\d+)", text, re.MULTILINE))
     in_python = {name: getattr(uncompiled, name) for name in vars(uncompiled) if re.fullmatch("[A-Z]+_[A-Z]+", name)}
     in_python = {name: str(value) for name, value in in_python.items() if isinstance(value, int)}
     assert in_c == in_python
-    assert len(in_c) == 12
+    assert len(in_c) == 14
+    assert in_c["DISPATCHES_MOST"] == "256"
 
 
 @pytest.mark.parametrize("wrong", [(-1, 1, 1, 1), (1, 0, 1, 1), (1, 1, 0, 1), (1, 1, 1, 0), (1, -5, 1, 1)])
@@ -99,9 +39,7 @@ def test_constructor_refuses_numbers_out_of_range(scheduler_module, wrong):
 def test_a_new_scheduler(scheduler_module):
     s = scheduler_module.Scheduler(4, 2, 5)
     assert (s.slave_count, s.credit, s.batch_count, s.max_attempts) == (4, 2, 5, 3)
-    assert {name: getattr(s, name) for name in COUNTERS + TOTALS} == dict.fromkeys(COUNTERS + TOTALS, 0) | {
-        "absent_count": 4
-    }
+    assert {name: getattr(s, name) for name in COUNTERS + TOTALS} == dict.fromkeys(COUNTERS + TOTALS, 0) | {"absent_count": 4}
     assert s.assign() == s.assign_local() == s.next_given_up() == -1
     assert [s.state_of_slave(i) for i in range(1, 5)] == [0] * 4
     assert [s.state_of_batch(i) for i in range(5)] == [0] * 5
@@ -141,16 +79,40 @@ def test_submit(drive):
     assert d.batch(slot) == "waiting"
     assert (d.s.first(slot), d.s.jobs(slot), d.s.attempt(slot), d.s.holder(slot)) == (1 << 60, 7, 0, 0)
     assert (d.s.waiting_count, d.s.open_count) == (1, 1)
-    assert d.s.describe(slot) == f"slot {slot} of 6: waiting, jobs {1 << 60} + 7, attempt 0, slave 0"
+    assert d.s.strikes(slot) == 0
+    assert d.s.describe(slot) == f"slot {slot} of 6: waiting, jobs {1 << 60} + 7, attempt 0, strikes 0, slave 0"
 
 
-@pytest.mark.parametrize(("first", "jobs"), [(-1, 1), (0, 0), (0, -3)])
-def test_submit_refuses_numbers_out_of_range(drive, first, jobs):
+def test_submit_with_strikes(drive):
+    d = drive()
+    slot = d.s.open()
+    assert d.s.submit(slot, 4, 1, 2) == 0
+    assert (d.s.strikes(slot), d.s.attempt(slot), d.batch(slot)) == (2, 0, "waiting")
+    assert d.s.describe(slot) == f"slot {slot} of 6: waiting, jobs 4 + 1, attempt 0, strikes 2, slave 0"
+    assert d.assign() == (slot, 1)
+
+
+@pytest.mark.parametrize(("first", "jobs", "strikes"), [(-1, 1, 0), (0, 0, 0), (0, -3, 0), (0, 1, -1), (0, 1, 3), (0, 1, 4)])
+def test_submit_refuses_numbers_out_of_range(drive, first, jobs, strikes):
     d = drive()
     slot = d.s.open()
     before = d.facts()
-    assert d.s.submit(slot, first, jobs) == -1
+    assert d.s.submit(slot, first, jobs, strikes) == -1
     assert d.facts() == before
+    assert d.s.submit(slot, 0, 1, 2) == 0
+
+
+def test_a_slot_forgets_the_strikes_and_attempts_of_its_last_batch(drive):
+    d = drive(slaves=1)
+    slot, _ = d.send()
+    d.s.on_lost(1)
+    d.s.on_ready(1)
+    d.assign()
+    d.answer(1, d.dispatch(slot))
+    assert (d.s.attempt(slot), d.s.strikes(slot)) == (1, 1)
+    d.s.release(slot)
+    assert d.send()[0] == slot
+    assert (d.s.attempt(slot), d.s.strikes(slot)) == (0, 0)
 
 
 def slot_in(d, state):
@@ -224,8 +186,10 @@ def test_a_slave_comes_goes_and_returns(drive):
     assert d.s.on_lost(1) == 0
     assert (d.slave(1), d.s.up_count, d.s.absent_count, d.s.free_credit, d.s.ready_count) == ("lost", 0, 1, 0, 0)
     assert d.s.lost == 1
+    assert d.s.reinstated == 0
     assert d.s.on_ready(1) == 0
     assert (d.slave(1), d.s.up_count, d.s.absent_count, d.s.free_credit, d.s.ready_count) == ("up", 1, 1, 3, 1)
+    assert (d.s.lost, d.s.suspected, d.s.reinstated) == (1, 0, 1)
 
 
 def test_a_slave_is_lost_before_it_reported(drive):
@@ -238,7 +202,7 @@ def test_a_slave_is_lost_before_it_reported(drive):
 
 
 @pytest.mark.parametrize("slave", [-1, 0, 4, 1000])
-@pytest.mark.parametrize("event", ["on_ready", "on_lost"])
+@pytest.mark.parametrize("event", ["on_ready", "on_lost", "on_suspect"])
 def test_events_of_slaves_that_do_not_exist_are_refused(drive, event, slave):
     d = drive(slaves=3)
     before = d.facts()
@@ -416,213 +380,3 @@ def test_an_answer_of_an_attempt_not_made_yet_is_refused_while_it_waits(drive):
     assert d.s.attempt(slot) == 1
     assert d.answer(2, d.dispatch(slot)) == "refused"
     assert (d.batch(slot), d.s.waiting_count) == ("waiting", 1)
-
-
-# ---- losses ------------------------------------------------------------------------------------------------------
-
-
-def test_what_a_lost_slave_held_goes_to_others(drive):
-    d = drive(slaves=3, credit=2)
-    sent = [d.send() for _ in range(6)]
-    assert d.s.on_lost(2) == 2
-    again = [slot for slot, slave in sent if slave == 2]
-    assert [d.batch(slot) for slot in again] == ["waiting"] * 2
-    assert [d.s.holder(slot) for slot in again] == [0, 0]
-    assert [d.s.attempt(slot) for slot in again] == [1, 1]
-    assert (d.s.held(2), d.s.resent, d.s.waiting_count, d.s.lost, d.s.free_credit) == (0, 2, 2, 1, 0)
-    assert d.s.assign() == -1
-    slot, slave = sent[0]
-    d.answer(slave, d.dispatch(slot))
-    assert d.assign() == (again[0], 1)
-    assert d.s.sent == 7
-
-
-def test_a_lost_slave_gives_back_only_the_credit_it_had_left(drive):
-    d = drive(slaves=2, credit=3)
-    assert [d.send()[1] for _ in range(3)] == [1, 2, 1]
-    assert d.s.free_credit == 3
-    assert d.s.on_lost(1) == 2
-    assert d.s.free_credit == 2
-    assert d.s.on_ready(1) == 0
-    assert d.s.free_credit == 5
-
-
-@pytest.mark.parametrize("max_attempts", [1, 2, 5])
-def test_a_batch_is_given_up_after_so_many_losses(drive, max_attempts):
-    d = drive(slaves=1, max_attempts=max_attempts)
-    slot = d.submit(jobs=3)
-    for attempt in range(max_attempts):
-        assert d.s.next_given_up() == -1
-        assert d.s.attempt(slot) == attempt
-        assert d.assign() == (slot, 1)
-        assert d.s.on_lost(1) == 1
-        d.s.on_ready(1)
-    assert (d.batch(slot), d.s.ended, d.s.resent) == ("ended", 1, max_attempts - 1)
-    assert d.s.assign() == -1
-    assert d.s.next_given_up() == slot
-    assert d.s.next_given_up() == -1
-    assert (d.s.first(slot), d.s.jobs(slot)) == (0, 3)
-    assert d.s.release(slot) == 0
-    assert d.s.open_count == 0
-
-
-def test_many_given_up_at_once_are_all_named(drive):
-    d = drive(slaves=1, credit=4, batches=4, max_attempts=1)
-    for round_ in range(5):  # around the ring several times
-        sent = [d.send()[0] for _ in range(3)]
-        assert d.s.on_lost(1) == 3
-        named = [d.s.next_given_up() for _ in range(4)]
-        assert sorted(named) == [-1, *sorted(sent)]
-        for slot in sent:
-            d.s.release(slot)
-        d.s.on_ready(1)
-        assert d.s.ended == 3 * (round_ + 1)
-    assert d.s.open_count == 0
-
-
-def test_an_answer_after_giving_up_is_late(drive):
-    d = drive(max_attempts=1)
-    slot, slave = d.send()
-    dispatch = d.dispatch(slot)
-    d.s.on_lost(slave)
-    assert d.answer(slave, dispatch) == "late"  # before it was named
-    assert d.s.next_given_up() == slot
-    assert d.answer(slave, dispatch) == "late"
-    d.s.release(slot)
-    assert d.answer(slave, dispatch) == "late"
-    assert (d.s.ended, d.s.late) == (1, 3)
-
-
-# ---- slaves that return ------------------------------------------------------------------------------------------
-
-
-def test_a_revenants_answer_wins_while_the_batch_waits(drive):
-    d = drive(slaves=3)
-    sent = [d.send() for _ in range(3)]
-    late = d.submit()
-    slot, slave = sent[0]
-    dispatch = d.dispatch(slot)
-    d.s.on_lost(slave)
-    later = d.submit()
-    assert d.answer(slave, dispatch) == "deliver"  # from between two that wait
-    assert (d.batch(slot), d.s.waiting_count, d.s.ended) == ("ended", 2, 1)
-    assert d.s.release(slot) == 0
-    assert d.batch(slot) == "free"
-    for slot, slave in sent[1:]:
-        d.answer(slave, d.dispatch(slot))
-    assert [d.assign()[0], d.assign()[0]] == [late, later]
-    assert d.s.assign() == -1
-
-
-def test_a_revenants_answer_wins_while_another_slave_works_on_the_batch(drive):
-    d = drive(slaves=2)
-    slot, slave = d.send()
-    old = d.dispatch(slot)
-    d.s.on_lost(slave)
-    assert d.assign() == (slot, 2)
-    new = d.dispatch(slot)
-    assert d.answer(slave, old) == "deliver"
-    assert (d.batch(slot), d.s.holder(slot), d.s.held(2)) == ("ended", 2, 1)
-    assert d.s.release(slot) == 0
-    assert (d.batch(slot), d.s.open_count) == ("retired", 1)  # slave 2 still works on what the slot holds
-    assert d.answer(2, new) == "late"
-    assert (d.batch(slot), d.s.open_count, d.s.held(2), d.s.free_credit) == ("free", 0, 0, 1)
-    assert (d.s.ended, d.s.late) == (1, 1)
-
-
-def test_the_second_answer_comes_before_the_release(drive):
-    d = drive(slaves=2)
-    slot, slave = d.send()
-    old = d.dispatch(slot)
-    d.s.on_lost(slave)
-    d.assign()
-    assert d.answer(slave, old) == "deliver"
-    assert d.answer(2, d.dispatch(slot)) == "late"
-    assert (d.batch(slot), d.s.holder(slot), d.s.held(2)) == ("ended", 0, 0)
-    assert d.s.release(slot) == 0
-    assert d.batch(slot) == "free"
-
-
-@pytest.mark.parametrize("released", [False, True])
-def test_the_second_slave_is_lost_after_the_first_ones_answer(drive, released):
-    d = drive(slaves=2)
-    slot, slave = d.send()
-    old = d.dispatch(slot)
-    d.s.on_lost(slave)
-    d.assign()
-    assert d.answer(slave, old) == "deliver"
-    if released:
-        d.s.release(slot)
-    assert d.s.on_lost(2) == 0  # nothing has to be done again
-    if not released:
-        assert d.batch(slot) == "ended"
-        d.s.release(slot)
-    assert (d.batch(slot), d.s.open_count, d.s.resent) == ("free", 0, 1)
-
-
-def test_a_returned_slave_answers_its_old_attempt_while_it_works_on_the_new_one(drive):
-    d = drive(slaves=1)
-    slot, _ = d.send()
-    old = d.dispatch(slot)
-    d.s.on_lost(1)
-    d.s.on_ready(1)
-    assert d.assign() == (slot, 1)
-    new = d.dispatch(slot)
-    assert d.answer(1, old) == "deliver"
-    assert (d.s.held(1), d.s.free_credit) == (1, 0)  # the new attempt is still with it
-    d.s.release(slot)
-    assert d.batch(slot) == "retired"
-    assert d.answer(1, old) == "late"
-    assert (d.batch(slot), d.s.held(1)) == ("retired", 1)
-    assert d.answer(1, new) == "late"
-    assert (d.batch(slot), d.s.held(1), d.s.free_credit) == ("free", 0, 1)
-
-
-def test_an_old_answer_does_not_match_a_slot_that_was_used_again(drive):
-    d = drive(slaves=2, batches=1)
-    slot, slave = d.send(jobs=2)
-    old = d.dispatch(slot)
-    d.s.on_lost(slave)
-    d.assign()
-    assert d.answer(2, d.dispatch(slot)) == "deliver"
-    d.s.release(slot)
-    assert d.send(jobs=2) == (slot, 2)
-    assert d.answer(slave, old) == "late"
-    assert (d.batch(slot), d.s.holder(slot)) == ("sent", 2)
-
-
-# ---- the master works itself -------------------------------------------------------------------------------------
-
-
-def test_local_work_needs_no_credit(drive):
-    d = drive(slaves=1)
-    d.send()
-    slot = d.submit()
-    assert d.s.assign_local() == slot
-    assert (d.batch(slot), d.s.holder(slot), d.s.held(1), d.s.free_credit, d.s.sent) == ("sent", 0, 1, 0, 2)
-    assert d.s.assign_local() == -1
-    assert d.answer(0, d.dispatch(slot)) == "deliver"
-    assert d.s.free_credit == 0
-    d.s.release(slot)
-    assert d.batch(slot) == "free"
-
-
-def test_local_work_and_a_revenant(drive):
-    d = drive(slaves=1)
-    slot, slave = d.send()
-    old = d.dispatch(slot)
-    d.s.on_lost(slave)
-    assert d.s.assign_local() == slot
-    new = d.dispatch(slot)
-    assert d.answer(slave, old) == "deliver"
-    assert d.answer(0, new) == "late"
-    d.s.release(slot)
-    assert (d.batch(slot), d.s.ended, d.s.late) == ("free", 1, 1)
-
-
-def test_a_loss_does_not_touch_local_work(drive):
-    d = drive(slaves=1)
-    slot = d.submit()
-    d.s.assign_local()
-    assert d.s.on_lost(1) == 0
-    assert (d.batch(slot), d.s.attempt(slot)) == ("sent", 0)

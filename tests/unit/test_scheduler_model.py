@@ -17,10 +17,13 @@ WEIGHTS = {
     "send": 5,
     "answer_in_turn": 5,
     "answer_of_a_revenant": 3,
-    "lose_busy": 3,
+    "lose_busy": 2,
+    "suspect_busy": 2,
+    "suspect_or_refused": 1,
+    "submit_apart": 2,
     "blink": 1,
     "answer_again": 1,
-    "answer_bogus": 1,
+    "answer_bogus": 2,
     "forbidden_call": 1,
     "open": 1,
     "submit": 1,
@@ -45,6 +48,8 @@ class Batch:
     jobs: int
     state: str = "waiting"  # then sent, ended
     attempt: int = 0
+    strikes: int = 0
+    order: int = 0  # number of its last dispatch
     made: set[int] = field(default_factory=set)  # attempts that were dispatched
     holder: int = 0  # the slave that is up and works on its newest attempt
     released: bool = False
@@ -59,7 +64,7 @@ class Slave:
     held: int = 0
     since: int | None = None
     until: int | None = None
-    before: int | None = None  # `since` when it was lost
+    before: int | None = None  # `since` when it was last up
 
 
 @dataclass(frozen=True)
@@ -94,9 +99,10 @@ class Machine(RuleBasedStateMachine):
         self.batches: list[Batch] = []  # all that ever were
         self.waiting: list[Batch] = []
         self.given_up: list[Batch] = []
+        self.aside: list[tuple[int, int]] = []  # jobs of batches that were taken apart, and their strikes
         self.dispatches: list[Dispatch] = []
         self.next_job = self.tick = 0
-        self.sent = self.resent = self.late = self.refused = self.lost = 0
+        self.sent = self.resent = self.late = self.refused = self.lost = self.suspected = self.reinstated = 0
         for number in self.slaves if up else ():
             self.ready(number)
 
@@ -125,18 +131,28 @@ class Machine(RuleBasedStateMachine):
     def submit(self):
         slot = self.draw_one(sorted(self.opened))
         if slot is not None:
-            self.submit_slot(slot, self.draw(st.integers(-1, 3)))
+            strikes = self.draw(st.sampled_from([0, 0, 0, -1, 1, self.max_attempts - 1, self.max_attempts]))
+            jobs = self.draw(st.integers(-1, 3))
+            if jobs < 1 or not 0 <= strikes < self.max_attempts:
+                assert self.s.submit(slot, self.next_job, jobs, strikes) == -1
+                return
+            self.submit_slot(slot, self.next_job, jobs, strikes)
 
-    def submit_slot(self, slot, jobs):
-        if jobs < 1:
-            assert self.s.submit(slot, self.next_job, jobs) == -1
-            return
-        assert self.s.submit(slot, self.next_job, jobs) == 0
+    def submit_slot(self, slot, first, jobs, strikes=0):
+        assert self.s.submit(slot, first, jobs, strikes) == 0
         self.opened.remove(slot)
-        batch = self.slots[slot] = Batch(slot, self.next_job, jobs)
+        batch = self.slots[slot] = Batch(slot, first, jobs, strikes=strikes)
         self.batches.append(batch)
         self.waiting.append(batch)
-        self.next_job += jobs
+        self.next_job = max(self.next_job, first + jobs)
+
+    def submit_apart(self):
+        """A job of a batch that was taken apart is a batch of its own: the only time that a number comes again."""
+        if self.aside and len(self.opened) + len(self.slots) < self.batch_count:
+            slot = self.s.open()
+            self.opened.add(slot)
+            job, strikes = self.aside.pop(0)
+            self.submit_slot(slot, job, 1, strikes)
 
     def cancel(self):
         slot = self.draw_one(sorted(self.opened))
@@ -160,7 +176,7 @@ class Machine(RuleBasedStateMachine):
         for _ in range(count):
             if len(self.opened) + len(self.slots) < self.batch_count:
                 self.open()
-                self.submit_slot(max(self.opened), 1)
+                self.submit_slot(max(self.opened), self.next_job, self.draw(st.sampled_from([1, 3])))
         for _ in range(count):
             self.assign()
 
@@ -184,6 +200,8 @@ class Machine(RuleBasedStateMachine):
 
     def assign_local(self):
         slot = self.s.assign_local()
+        while self.waiting and self.waiting[0].strikes:
+            self.gives_up(self.waiting.pop(0))
         if not self.waiting:
             assert slot == -1
             return
@@ -196,6 +214,7 @@ class Machine(RuleBasedStateMachine):
         batch.state, batch.holder = "sent", slave
         batch.made.add(batch.attempt)
         self.sent += 1
+        batch.order = self.sent
         self.dispatches.append(Dispatch(slave, batch.slot, batch.first, batch.jobs, batch.attempt))
 
     def becomes_ready(self, slave):
@@ -215,6 +234,7 @@ class Machine(RuleBasedStateMachine):
             return
         assert self.s.on_ready(number) == 0
         self.tick += 1
+        self.reinstated += slave.state != "absent"
         slave.state = "up"
         slave.until = self.tick
         # it may have kept its place in the queue from before it was lost, or have a new one
@@ -228,31 +248,60 @@ class Machine(RuleBasedStateMachine):
         if slave is None or slave.state == "lost":
             assert self.s.on_lost(number) == -1
             return
+        self.lost += 1
+        self.take_back(slave, number, self.s.on_lost, "lost")
+
+    def suspect_or_refused(self):
+        self.suspect(self.draw(st.integers(-1, len(self.slaves) + 1)))
+
+    def suspect(self, number):
+        slave = self.slaves.get(number)
+        if slave is None or slave.state != "up":
+            assert self.s.on_suspect(number) == -1
+            return
+        self.suspected += 1
+        self.take_back(slave, number, self.s.on_suspect, "suspect")
+
+    def take_back(self, slave, number, event, state):
         held = sorted((batch for batch in self.slots.values() if batch.holder == number), key=lambda batch: batch.slot)
         again = [batch for batch in held if batch.state == "sent"]
-        assert self.s.on_lost(number) == len(again)
-        slave.before = slave.since
-        slave.state, slave.held, slave.since, slave.until = "lost", 0, None, None
-        self.lost += 1
+        assert event(number) == len(again)
+        if slave.state == "up":
+            slave.before = slave.since
+        slave.state, slave.held, slave.since, slave.until = state, 0, None, None
+        oldest = min(held, key=lambda batch: batch.order, default=None)
         for batch in held:
             batch.holder = 0
             self.free_if_done(batch)
         for batch in again:
             batch.attempt += 1
-            if batch.attempt < self.max_attempts:
+            batch.strikes += batch is oldest
+            if batch.strikes == self.max_attempts or (self.one_strike_left(batch) and batch.jobs > 1):
+                self.gives_up(batch)
+            else:
                 batch.state = "waiting"
                 self.waiting.append(batch)
                 self.resent += 1
-            else:
-                batch.state = "ended"
-                self.given_up.append(batch)
+
+    def one_strike_left(self, batch):
+        return batch.strikes > 0 and batch.strikes == self.max_attempts - 1
+
+    def gives_up(self, batch):
+        batch.state = "ended"
+        self.given_up.append(batch)
 
     def lose_busy(self):
-        """A slave that holds something is lost and may return; its batches go to others; it may answer after all."""
+        self.busy_one_fails(self.lose)
+
+    def suspect_busy(self):
+        self.busy_one_fails(self.suspect)
+
+    def busy_one_fails(self, event):
+        """A slave that holds something fails and may return; its batches go to others; it may answer after all."""
         number = self.draw_one(number for number, slave in self.slaves.items() if slave.held)
         if number is None:
             return
-        self.lose(number)
+        event(number)
         returns = self.draw(st.booleans())
         for other, slave in self.slaves.items():
             if slave.state != "up" and (returns or other != number):
@@ -264,10 +313,11 @@ class Machine(RuleBasedStateMachine):
             self.on_result(late[-1])
 
     def blink(self):
-        """A slave is lost and back at once."""
+        """A slave is lost or suspected, or one after the other, and back at once."""
         number = self.draw_one(sorted(self.slaves))
         if number is not None:
-            self.lose(number)
+            for event in self.draw(st.sampled_from([[self.lose], [self.suspect], [self.suspect, self.lose]])):
+                event(number)
             self.ready(number)
 
     # ---- answers -------------------------------------------------------------------------------------------------
@@ -362,6 +412,8 @@ class Machine(RuleBasedStateMachine):
         batch = self.given_up.pop(0)
         assert slot == batch.slot
         batch.endings.append("given up")
+        if self.one_strike_left(batch) and batch.jobs > 1:
+            self.aside += [(batch.first + k, batch.strikes) for k in range(batch.jobs)]
 
     def everything_ends(self):
         """With all slaves up and no more losses, everything must come to its end and every slot must be free."""
@@ -371,15 +423,17 @@ class Machine(RuleBasedStateMachine):
         for number, slave in self.slaves.items():
             if slave.state != "up":
                 self.ready(number)
-        for _ in range(self.batch_count * (self.max_attempts + 2)):
+        for _ in range(self.batch_count * (self.max_attempts + 6) + len(self.aside)):
             for batch in list(self.slots.values()):
                 if batch.state == "sent" or batch.holder:
                     self.on_result(Dispatch(batch.holder, batch.slot, batch.first, batch.jobs, batch.attempt))
             self.next_given_up()
             self.release()
+            self.submit_apart()
             if self.waiting:
                 self.assign() if self.slaves else self.assign_local()
         assert self.s.open_count == 0
+        assert not self.aside
         assert all(len(batch.endings) == 1 for batch in self.batches), "a batch never ended"
 
     # ---- what must hold after every event ------------------------------------------------------------------------
@@ -389,12 +443,15 @@ class Machine(RuleBasedStateMachine):
         up = [slave for slave in self.slaves.values() if slave.state == "up"]
         assert self.s.up_count == len(up)
         assert self.s.absent_count == sum(slave.state == "absent" for slave in self.slaves.values())
+        assert self.s.suspect_count == sum(slave.state == "suspect" for slave in self.slaves.values())
         assert self.s.free_credit == sum(self.credit - slave.held for slave in up)
         assert self.s.ready_count == sum(slave.held < self.credit for slave in up)
         for number, slave in self.slaves.items():
             assert self.module.SLAVE_STATES[self.s.state_of_slave(number)] == slave.state
             assert self.s.held(number) == slave.held <= self.credit
-            assert slave.held == sum(batch.holder == number for batch in self.slots.values())
+            holds = [batch for batch in self.slots.values() if batch.holder == number]
+            assert slave.held == len(holds)
+            assert self.s.running(number) == (min(holds, key=lambda batch: batch.order).slot if holds else -1)
 
     @invariant()
     def slots_agree(self):
@@ -404,15 +461,15 @@ class Machine(RuleBasedStateMachine):
                 assert state == ("open" if slot in self.opened else "free")
                 continue
             assert state == ("retired" if batch.released else batch.state)
-            facts = (self.s.first(slot), self.s.jobs(slot), self.s.attempt(slot), self.s.holder(slot))
-            assert facts == (batch.first, batch.jobs, batch.attempt, batch.holder)
+            facts = (self.s.first(slot), self.s.jobs(slot), self.s.attempt(slot), self.s.strikes(slot), self.s.holder(slot))
+            assert facts == (batch.first, batch.jobs, batch.attempt, batch.strikes, batch.holder)
         assert self.s.open_count == len(self.opened) + len(self.slots)
         assert self.s.waiting_count == len(self.waiting)
 
     @invariant()
     def counts_agree(self):
-        totals = (self.s.sent, self.s.resent, self.s.late, self.s.refused, self.s.lost)
-        assert totals == (self.sent, self.resent, self.late, self.refused, self.lost)
+        for name in ("sent", "resent", "late", "refused", "lost", "suspected", "reinstated"):
+            assert getattr(self.s, name) == getattr(self, name), name
         assert self.s.ended == sum(batch.state == "ended" for batch in self.batches)
         assert all(len(batch.endings) <= 1 for batch in self.batches), "a batch ended twice"
 
@@ -427,6 +484,4 @@ MODEL_SETTINGS = settings(
 
 
 def test_scheduler_and_model_agree(scheduler_module):
-    run_state_machine_as_test(
-        type("SchedulerMachine", (Machine,), {"module": scheduler_module}), settings=MODEL_SETTINGS
-    )
+    run_state_machine_as_test(type("SchedulerMachine", (Machine,), {"module": scheduler_module}), settings=MODEL_SETTINGS)
