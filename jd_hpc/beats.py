@@ -14,6 +14,7 @@ The token keeps out strangers and other runs' slaves; it crosses the network in 
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import logging
 import math
@@ -32,6 +33,8 @@ from jd_hpc._beat import BEAT, Beat
 from jd_hpc.addresses import LOOPBACK, find_addresses
 from jd_hpc.errors import BeatError
 
+FAREWELL = b"!"
+"""Instead of a beat: this rank ends in order."""
 MAGIC: Final = b"jd_beat1"
 """First bytes of a connection. The digit is raised whenever the layout of the hello changes."""
 TOKEN_BYTES: Final = 16
@@ -152,6 +155,13 @@ class Connection:
         """Whether beats are being sent. False after `close`, and when the master has hung up."""
         return self._beat.alive
 
+    def farewell(self) -> None:
+        """Say that this process leaves in order. No beat comes after it; the socket stays open until the process is gone."""
+        if self._socket is not None:
+            self._beat.stop()
+            with contextlib.suppress(OSError):  # the master has left before us
+                self._socket.send(FAREWELL, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+
     def beat_every(self, period_s: float) -> None:
         """Beat so often from now on; 0: not at all, while the connection stays."""
         if self._socket is None:
@@ -206,12 +216,12 @@ class Event(NamedTuple):
     rank : int
         Whose.
     kind : str
-        "connected"; "closed": end of file or reset, the process is gone or has hung up; "flood": far more beats than agreed on;
+        "connected"; "left": it said farewell; "closed": end of file or reset without that; "flood": far more beats than agreed on;
         "garbage": something that is no beat.
     """
 
     rank: int
-    kind: Literal["connected", "closed", "flood", "garbage"]
+    kind: Literal["connected", "left", "closed", "flood", "garbage"]
 
 
 class _Peer:
@@ -450,15 +460,16 @@ class Listener:
             events.append(Event(rank, "connected"))
 
     def _read_beats(self, peer: _Peer, rank: int, mask: int, now: float, events: list[Event]) -> None:
-        count = 0
-        if not mask & GONE_MASK:
-            try:
-                count = peer.sock.recv_into(self._buffer)
-            except BlockingIOError:
-                return
-            except OSError:
-                count = 0
-        if count == 0:
+        try:
+            count = peer.sock.recv_into(self._buffer)
+        except BlockingIOError:
+            return
+        except OSError:
+            count = 0
+        if count and self._buffer[count - 1] == FAREWELL[0]:
+            self._end(peer, rank, "left", events)
+            return
+        if count == 0 or mask & GONE_MASK:
             self._end(peer, rank, "closed", events)
             return
         self._heard[rank] = now
@@ -477,7 +488,7 @@ class Listener:
         self._hang_up(peer)
         self._complaints.add(f"a connection from {peer.where} was dropped: {reason}", now)
 
-    def _end(self, peer: _Peer, rank: int, kind: Literal["closed", "flood", "garbage"], events: list[Event]) -> None:
+    def _end(self, peer: _Peer, rank: int, kind: Literal["left", "closed", "flood", "garbage"], events: list[Event]) -> None:
         del self._ranks[rank]
         self._hang_up(peer)
         events.append(Event(rank, kind))

@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from jd_hpc import supervisor
 
@@ -44,6 +44,7 @@ class _Ending:
     others_gone: Callable[[], bool] | None = None
     grace_s = GRACE_S
     code: int | None = None
+    parts: ClassVar[list[Callable[[], object]]] = []
 
 
 def failed(why: str, others_gone: Callable[[], bool] | None = None, grace_s: float = GRACE_S) -> None:
@@ -172,7 +173,14 @@ def _code_of_script() -> int:
     return 0 if error is None else 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
+def before_end(part: Callable[[], object]) -> None:
+    """Have `part` called at the end of the program, while MPI is still there and nothing has failed: it may call `failed`."""
+    _Ending.parts.append(part)
+
+
 def _at_exit() -> None:
+    while _Ending.why is None and _live_mpi() is not None and _Ending.parts:
+        _Ending.parts.pop()()
     if _Ending.why is None or _live_mpi() is None:
         supervisor.say_in_order()
     elif _Ending.pid == os.getpid():

@@ -24,6 +24,9 @@ logger = logging.getLogger("jd_hpc")
 
 CONNECT_TIMEOUT_S = 10.0
 """How long a slave tries to reach the master's side channel."""
+SILENT_AT_THE_END_S = 10.0
+"""At the end of the program the master waits for ranks that give signs of life, and so long for one that gives none."""
+PART_LOOK_S = 0.002
 LEAST_HEARTBEAT_S = 0.02
 FIRST_HEARTBEAT_S = 0.5
 """Before the first run."""
@@ -151,6 +154,9 @@ class Channel:
         self.listener: Listener | None = None
         self.connection: Connection | None = None
         self._connect()
+        if not _channels:
+            ending.before_end(_part)
+        _channels.add(self)
 
     def _connect(self) -> None:
         """Open the side channel: collective. Without one a run goes on all the same, but nobody hears who is gone."""
@@ -199,6 +205,24 @@ class Channel:
         """Master, after a run: if ranks failed, MPI cannot be finalized when the process ends."""
         ending.failed(f"ranks lost: {sorted(self.dead)}, silent: {sorted(self.missing)}", self._others_gone)
 
+    def part(self) -> None:
+        """At the end of the program. A slave says farewell; the master waits for that, so that none dies on it unnoticed."""
+        if self.connection is not None:
+            self.connection.farewell()
+        if self.listener is None:
+            return
+        while self.listener.connected:
+            now = time.monotonic()
+            for rank, kind in self.listener.poll(now):
+                if kind not in ("left", "connected"):
+                    self.dead.add(rank)
+            self.missing.update(self.listener.silent(now, SILENT_AT_THE_END_S))
+            if self.dead or not set(self.listener.connected) - self.missing:
+                break
+            time.sleep(PART_LOOK_S)
+        if self.dead or self.missing:
+            self.note_failures()
+
     def _others_gone(self) -> bool:
         """Whether every rank that may still be at work has closed its connection."""
         if self.listener is None:
@@ -223,6 +247,7 @@ class Channel:
     @staticmethod
     def _delete(comm: Comm, keyval: int, channel: Channel) -> None:
         """The user frees the communicator, on all ranks: so do we."""
+        _channels.discard(channel)
         if channel.connection is not None:
             channel.connection.close()
         if channel.listener is not None:
@@ -240,6 +265,14 @@ class Channel:
         """Number the next run."""
         self.run += 1
         return self.run
+
+
+_channels: set[Channel] = set()
+
+
+def _part() -> None:
+    for channel in list(_channels):
+        channel.part()
 
 
 def as_machine(vm: Any) -> LocalMachine | MPIMachine:

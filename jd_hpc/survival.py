@@ -87,7 +87,7 @@ class Watch:
 
     def _hear(self, listener: Listener, now: float, verdicts: list[Verdict]) -> None:
         for rank, kind in listener.poll(now):
-            if kind == "connected":
+            if kind in ("connected", "left"):
                 continue
             how = "its connection ended: the process is gone" if kind == "closed" else f"its beats are no beats ({kind})"
             verdicts.append(Verdict(rank, "lost", how))
