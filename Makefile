@@ -18,7 +18,7 @@ MPIEXEC := timeout -k 10 600 $(BIN)/mpiexec
 
 # The environment's own mpicc compiles and its own mpi4py runs, whatever else the shell is set up for.
 unexport MPICC PYTHONPATH PYTHONHOME MPI4PY_MPIABI MPI4PY_LIBMPI
-export MPI VENV
+export MPI VENV DEFAULT_MPI
 
 ifeq ($(MPI),openmpi)
   # More ranks than cores, and root in a container: Open MPI wants to be told. MPICH does not mind.

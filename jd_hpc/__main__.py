@@ -10,10 +10,13 @@ The rules it keeps:
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 from pathlib import Path
 from types import ModuleType, TracebackType
+
+from jd_hpc import chaos
 
 USAGE = """usage: python -m jd_hpc [options] script.py [arguments ...]
    or: python -m jd_hpc [options] -m module [arguments ...]
@@ -26,6 +29,7 @@ Runs a script as one rank of an MPI run, with a supervisor over it: when another
 
 options:
   --no-supervisor   run the script without a supervisor
+  --chaos SPEC      do harm to slaves, to see what the script survives: "kill=2,stop=1,seed=7" (see jd_hpc.chaos)
   --version         show the version and exit
   -h, --help        show this and exit
 """
@@ -48,9 +52,16 @@ def parse(words: list[str]) -> tuple[bool, list[str]]:
 
             print("jd_hpc", __version__)
             raise SystemExit(0)
-        if option != "--no-supervisor":
-            _refuse(f"unknown option {option}")
-        supervised = False
+        if option == "--chaos" and words:
+            try:
+                chaos.Chaos.parse(words[0])
+            except ValueError as error:
+                _refuse(str(error))
+            os.environ[chaos.VARIABLE] = words.pop(0)
+        elif option == "--no-supervisor":
+            supervised = False
+        else:
+            _refuse(f"unknown option {option}, or one that wants an argument")
     if not words:
         _refuse("no script")
     if words[0] in ("-m", "-c") and len(words) < 2:

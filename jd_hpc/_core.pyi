@@ -1,5 +1,6 @@
 # The compiled core: one stub for all families; the module is installed as _core_<family>.
-from typing import Any, Self
+from collections.abc import Callable
+from typing import Any, Self, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -7,6 +8,7 @@ from typing_extensions import disjoint_base
 
 from jd_hpc.plan import Plan
 from jd_hpc.scheduler import Scheduler
+from jd_hpc.survival import Watch
 
 @disjoint_base
 class Link:
@@ -17,26 +19,47 @@ class Link:
     early: list[tuple[int, bytes]]
     parting: bool
 
-@disjoint_base
+@final
 class Slave(Link):
+    failed: bool
+    beat: Any
     def __new__(cls, handle: int, run: int, body_turn: NDArray[np.uint32]) -> Self: ...
     def begin(self, plan: Plan | None = None) -> None: ...
     def ready(self, facts: dict[str, str]) -> None: ...
     def serve(self) -> None: ...
     def report(self, error: BaseException) -> None: ...
     def leave(self) -> None: ...
+    def close(self) -> None: ...
 
 @disjoint_base
-class Master(Link):
+class JobSender(Link):
     scheduler: Scheduler
+
+@disjoint_base
+class Survivor(JobSender):
+    dead: set[int]
+    missing: set[int]
+    failed: bool
+    def watch_over(self, watch: Watch, acknowledge: Callable[[], list[int]]) -> None: ...
+
+@final
+class Master(Survivor):
     slave_count: int
     def __new__(
-        cls, handle: int, run: int, body_turn: NDArray[np.uint32], early: list[tuple[int, bytes]]
+        cls,
+        handle: int,
+        run: int,
+        body_turn: NDArray[np.uint32],
+        early: list[tuple[int, bytes]],
+        dead: set[int],
+        missing: set[int],
     ) -> Self: ...
     def begin(self, plan: Plan | None, slave_count: int) -> None: ...
     def run_jobs(self) -> None: ...
     def busy_slaves(self) -> int: ...
     def counters(self) -> dict[str, int]: ...
     def stop(self) -> None: ...
+
+FAILED_CLASSES: set[int]
 
 def layout() -> dict[str, Any]: ...

@@ -334,7 +334,7 @@ cdef class Master(Survivor):
         slot = self.scheduler.next_given_up()
         while slot >= 0:
             self.exhausted = False
-            if self.scheduler.jobs(slot) > 1 and self.scheduler.strikes(slot) < self.scheduler.max_attempts and not self.is_alone():
+            if self.scheduler.jobs(slot) > 1 and 0 < self.scheduler.strikes(slot) == self.scheduler.max_attempts - 1:
                 self.take_apart(slot)
             else:
                 lost = Failure("SlaveLost", "every slave that ran it failed", "", None)

@@ -214,7 +214,9 @@ cdef class Slave(Link):
             k = self.free_out()
         if self.result_rows is None:
             results = [None] * job.count
-        out = self.out_buffers[k]
+            out = None
+        else:
+            out = self.out_buffers[k]
         try:
             jobs = unpack(buffer.memory[offset:offset + job.body_bytes]) if self.job_rows is None else buffer.rows
         except KeyboardInterrupt:

@@ -33,7 +33,7 @@ from jd_hpc._beat import BEAT, Beat
 from jd_hpc.addresses import LOOPBACK, find_addresses
 from jd_hpc.errors import BeatError
 
-FAREWELL = b"!"
+FAREWELL: Final = b"\x04"
 """Instead of a beat: this rank ends in order."""
 MAGIC: Final = b"jd_beat1"
 """First bytes of a connection. The digit is raised whenever the layout of the hello changes."""

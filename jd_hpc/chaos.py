@@ -66,7 +66,7 @@ KINDS: dict[str, Callable[[float], object]] = {
     "compute": _compute,
     "eat": lambda pause_s: _eat(),
 }
-"""What can be done to a process. ``stop``, ``hold`` and ``compute`` end after a pause; ``eat`` is for a process with a memory limit."""
+"""What can be done to a process. ``stop``, ``hold`` and ``compute`` end after a pause; ``eat`` wants a memory limit."""
 
 
 def strike(kind: str, pause_s: float = 3.0) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jd_hpc import ending, local
+from jd_hpc import chaos, ending, local
 from jd_hpc.errors import JobError, MasterLostError
 from jd_hpc.machine import LEAST_HEARTBEAT_S, Channel, LocalMachine, MPIMachine, as_machine, load_core
 from jd_hpc.plan import Hook, Plan
@@ -81,7 +81,8 @@ class JobDispatcher:
     machine : LocalMachine or MPIMachine
         Tells slots, hosts and who is master.
     stats : dict of str to int
-        On the master, after a run: how many jobs, messages, slaves lost, suspected and reinstated, batches sent again, late results.
+        On the master, after a run: jobs, messages sent and refused, slaves lost, suspected and reinstated, batches sent again, late
+        results dropped.
     """
 
     job_dtype: Any = None
@@ -123,8 +124,8 @@ class JobDispatcher:
             raise ValueError(f"heartbeat_s = {heartbeat_s} is out of range: it is 0, or at least {LEAST_HEARTBEAT_S}")
         if self.liveness_timeout_s < 2 * self.heartbeat_s:
             raise ValueError(
-                f"liveness_timeout_s = {liveness_timeout_s} must be at least twice heartbeat_s = {heartbeat_s}, or a beat that is a "
-                f"little late would cost a slave its jobs"
+                f"liveness_timeout_s = {liveness_timeout_s} must be at least twice heartbeat_s = {heartbeat_s}, or a beat that is "
+                f"a little late would cost a slave its jobs"
             )
         if self.memory_limit is not None and not self.isolate:
             raise ValueError("memory_limit needs isolate=True: a limit on the rank itself would end MPI with the job")
@@ -236,6 +237,7 @@ class JobDispatcher:
             return self._run_local()
         core = load_core()
         channel = machine.channel()
+        chaos.arm_from_environment(machine.rank, machine.size)
         if machine.is_master:
             master = core.Master(
                 channel.handle, channel.next_run(), channel.body_turn, channel.early, channel.dead, channel.missing

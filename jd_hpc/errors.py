@@ -73,7 +73,7 @@ class SlavesLostError(JdError, RuntimeError):
 
     def __str__(self) -> str:
         lost, suspected = self.args
-        return f"too few slaves are left: {lost} were lost, {suspected} do not answer. local_fallback=True lets the master go on alone"
+        return f"too few slaves are left: {lost} were lost, {suspected} do not answer; local_fallback=True lets the master go on"
 
 
 class MPIError(JdError, RuntimeError):

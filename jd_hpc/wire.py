@@ -1,8 +1,9 @@
 """What travels between master and slave: tags, kinds, the header's layout and the limits.
 
-Every message is a header of 32 bytes, so that a small job is one cache line. A payload that fits into INLINE_BYTES follows it in the same (eager) message; a longer
-one travels as a body, in a message of its own that is received from that one source, because only small messages may meet a
-wildcard. Tags are constants: a job number as tag would overflow on some MPIs. wire.pxd says the same in C.
+Every message is a header of 32 bytes, so that a small job is one cache line on its way. A payload that fits into INLINE_BYTES
+follows it in the same (eager) message; a longer one travels as a body, in a message of its own that is received from that one
+source, because only small messages may meet a wildcard. Tags are constants: a job number as tag would overflow on some MPIs.
+wire.pxd says the same in C.
 """
 
 from __future__ import annotations

@@ -143,3 +143,17 @@ class Launch:
         for pid in self.pids():
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
+
+
+class Supervised(Launch):
+    """Under mpiexec with its default flags, or without it; a supervisor over each rank."""
+
+    def command(self, *words):
+        return super().command("-m", "jd_hpc", *words)
+
+
+class Launched(Launch):
+    """By jd-hpc launch."""
+
+    def command(self, *words):
+        return [sys.executable, "-m", "jd_hpc.cli", "launch", "-n", str(self.size), *words]

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from launch_helpers import Launch, environment, mpiexec
+from launch_helpers import Launched, Supervised, environment, mpiexec
 
 RANKS = 4
 VICTIM = 2
@@ -24,20 +24,6 @@ FAILURES = ["SIGKILL", "SIGSTOP", "SEGV", "_exit0", "_exit3", "exception"]
 # What a slave does, and the exit code of the master.
 KINDS = [*((kind, 0) for kind in FAILURES), ("none", 0), ("none", 3), ("SIGKILL", 3)]
 MASTER = ["master raises", "all raise", "master is killed"]
-
-
-class Supervised(Launch):
-    """Under mpiexec with its default flags, or without it; a supervisor over each rank."""
-
-    def command(self, *words):
-        return super().command("-m", "jd_hpc", *words)
-
-
-class Launched(Launch):
-    """By jd-hpc launch."""
-
-    def command(self, *words):
-        return [sys.executable, "-m", "jd_hpc.cli", "launch", "-n", str(self.size), *words]
 
 
 class WithInput(Supervised):

@@ -9,8 +9,8 @@ import subprocess
 import sys
 
 import pytest
-from scheduler_driver import Driver
 from beats_helpers import PERIOD_S, REST, SIZE, SLAVE, WATCHDOG_S, Master, descriptors, threads, until
+from scheduler_driver import Driver
 
 from jd_hpc.beats import Listener
 

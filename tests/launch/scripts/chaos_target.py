@@ -25,24 +25,18 @@ big = moment.startswith("big")
 COUNT = 12 if big else 120
 
 
-class Uncaught(Exception):
-    pass
-
-
 def once(name: str) -> bool:
     """Whether this is the first to come here."""
     try:
-        os.close(os.open(name, os.O_CREAT | os.O_EXCL))
+        os.close(os.open(f"note.{name}", os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return False
-    Path(f"{name}.time").write_text(f"{time.monotonic()}\n")
+    Path(f"note.{name}.time").write_text(f"{time.monotonic()}\n")
     return True
 
 
 def meet(name: str) -> None:
     if once(name):
-        if kind == "raise":
-            raise Uncaught(name)
         strike(kind, PAUSE_S)
 
 
@@ -72,6 +66,8 @@ class Target(JobDispatcher):
     def process_job(self, given):
         job, array = given
         time.sleep(0.002)
+        if moment == "poison" and job == 31:
+            strike(kind, PAUSE_S)
         if moment == "computing" and (isolate or self.is_victim) and job > 30:
             for victim in range(1, victims + 1) if isolate else [rank]:
                 meet(f"strike{victim}")
@@ -100,6 +96,7 @@ class Target(JobDispatcher):
 target = Target(
     MPI.COMM_WORLD,
     isolate=isolate,
+    max_attempts=2 if moment == "poison" else 3,
     heartbeat_s=0.1,
     liveness_timeout_s=1.0,
     job_timeout_s=1.0 if kind in ("hang", "hold") or isolate else None,
@@ -108,10 +105,11 @@ target = Target(
 note_shared_memory()
 target.run()
 if rank == 0:
-    struck = {path.name: float(path.read_text()) for path in Path().glob("strike*.time")}
-    latency = [target.seen[r] - struck[f"strike{r}.time"] for r in target.seen if f"strike{r}.time" in struck]
-    complete = sorted(target.got) == list(range(COUNT))
-    print("seen", json.dumps({"complete": complete, "failed": target.failed, "latency": latency, "struck": len(struck),
-                              "stats": target.stats}), flush=True)
-    if not complete:
+    struck = {path.name: float(path.read_text()) for path in Path().glob("note.strike*.time")}
+    latency = {r: at - struck[name] for r, at in target.seen.items() if (name := f"note.strike{r}.time") in struck}
+    failed = [index for index, _ in target.failed]
+    facts = {"complete": sorted([*target.got, *failed]) == list(range(COUNT)), "failed": target.failed}
+    facts |= {"latency": latency, "struck": len(struck), "stats": target.stats}
+    print("seen", json.dumps(facts), flush=True)
+    if not facts["complete"]:
         sys.exit(4)
