@@ -97,9 +97,7 @@ def _row(job: Any, dtype: np.dtype[Any], index: int) -> NDArray[Any]:
         raise
 
 
-def _deliver(
-    plan: Plan, first: int, jobs: Any, results: Any, failures: dict[int, Failure], attempts: dict[int, Attempts]
-) -> None:
+def _deliver(plan: Plan, first: int, jobs: Any, results: Any, failures: dict[int, Failure], attempts: dict[int, Attempts]) -> None:
     """Hand over a batch: results first where they go as a block, else in the order of the jobs."""
     if plan.process_results is not None and len(failures) < len(jobs):
         good = [at for at in range(len(jobs)) if at not in failures]

@@ -175,9 +175,7 @@ class Channel:
         if offer is not None and self.comm.Get_rank() > 0:
             try:
                 addresses, token = offer[0][MPI.Get_processor_name()], offer[1]
-                self.connection = Connection.connect(
-                    addresses, token, self.comm.Get_rank(), FIRST_HEARTBEAT_S, CONNECT_TIMEOUT_S
-                )
+                self.connection = Connection.connect(addresses, token, self.comm.Get_rank(), FIRST_HEARTBEAT_S, CONNECT_TIMEOUT_S)
             except OSError as error:
                 trouble = f"rank {self.comm.Get_rank()} cannot reach the master: {error}"
         troubles = [text for text in self.comm.allgather(trouble) if text]
