@@ -80,3 +80,9 @@ def test_every_job_ends_once(seen, case):
         assert stats["slaves lost"] == 0 or kind not in ("stop", "hold")
     elif kind == "compute":
         assert stats["slaves suspected"] == stats["slaves lost"] == 0  # it beats, although it is in C code for 3 x the timeout
+
+
+def test_the_master_does_not_go_on_alone(launch):
+    ended = launch(RANKS, "chaos_target.py", "kill", "alone", "plain", 3, kind=Launched).wait(LIMIT_S)
+    assert ended.code != 0
+    assert "SlavesLostError: too few slaves are left: 3 were lost, 0 do not answer; local_fallback=True" in ended.err

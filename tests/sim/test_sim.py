@@ -218,7 +218,7 @@ MUTATIONS = {
     "a batch is not taken apart": ("elif strikes > 0 and strikes == self.max_attempts - 1", "elif False"),
     "a batch of one job is taken apart": (" and self.batch_jobs[slot] > 1:", ":"),
     "the jobs of one that was taken apart have no strikes": ("self.batch_strikes[slot] = strikes", "self.batch_strikes[slot] = 0"),
-    "a struck batch runs on the master": ("if self.batch_strikes[slot] == 0:", "if True:"),
+    "a struck batch runs on the master": ("if struck_too or self.batch_strikes[slot] == 0:", "if True:"),
     "a struck batch is forgotten when no slave is left": (
         "            self._give_up(slot)\n        return -1",
         "            pass\n        return -1",

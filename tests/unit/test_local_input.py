@@ -6,6 +6,8 @@ Each refusal names its cause; a bad job ends the run, a bad result is that job's
 from __future__ import annotations
 
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -209,6 +211,17 @@ def test_a_dtype_that_cannot_travel(name):
         ({"debug": -1}, "debug = -1"),
         ({"debug": 3}, "debug = 3"),
         ({"min_slaves": 3, "max_slaves": 2}, "min_slaves = 3 is more than max_slaves = 2"),
+        ({"max_attempts": 0}, "max_attempts = 0"),
+        ({"max_attempts": 256}, "max_attempts = 256"),
+        ({"job_timeout_s": 0}, "job_timeout_s = 0"),
+        ({"job_timeout_s": -1.0}, "job_timeout_s = -1"),
+        ({"job_timeout_s": float("nan")}, "job_timeout_s = nan"),
+        ({"heartbeat_s": 0.001}, "heartbeat_s = 0.001"),
+        ({"heartbeat_s": -1}, "heartbeat_s = -1"),
+        ({"liveness_timeout_s": 0.5, "heartbeat_s": 0.5}, "at least twice heartbeat_s"),
+        ({"liveness_timeout_s": float("inf")}, "liveness_timeout_s = inf"),
+        ({"memory_limit": 1 << 30}, "memory_limit needs isolate"),
+        ({"memory_limit": 1000, "isolate": True}, "memory_limit = 1000"),
     ],
 )
 def test_options_out_of_range(options, named):
@@ -216,7 +229,7 @@ def test_options_out_of_range(options, named):
         JobDispatcher(**options)
 
 
-@pytest.mark.parametrize("option", ["grain", "credit", "max_slaves", "min_slaves", "debug"])
+@pytest.mark.parametrize("option", ["grain", "credit", "max_slaves", "min_slaves", "debug", "max_attempts", "memory_limit"])
 @pytest.mark.parametrize("value", [1.5, "2", [1]])
 def test_options_of_another_type_are_named(option, value):
     with pytest.raises((TypeError, ValueError), match=option):
@@ -336,3 +349,54 @@ def test_the_users_block_of_jobs_may_be_used_again():
     dispatcher.run()
     assert dispatcher.results == {i: i for i in range(JOBS)}
     Reuses.mine[:] = 5  # it is still the user's own
+
+
+@pytest.mark.parametrize("option", ["job_timeout_s", "heartbeat_s", "liveness_timeout_s"])
+@pytest.mark.parametrize("value", ["2", [1]])
+def test_times_of_another_type_are_named(option, value):
+    with pytest.raises(TypeError, match=option):
+        JobDispatcher(**{option: value})
+
+
+# ---- jobs that kill the process that runs them -----------------------------------------------------------------------
+
+
+class Crashing(JobDispatcher):
+    """Job 2 always crashes; job 4 does so twice."""
+
+    def __init__(self, folder, **options):
+        super().__init__(isolate=True, **options)
+        self.folder = folder
+
+    def reset(self):
+        self.todo = iter(range(6))
+        self.results = {}
+        self.failures = {}
+
+    def next_job(self):
+        return next(self.todo, None)
+
+    def process_job(self, job):
+        times = self.folder / str(job)
+        count = len(times.read_text()) if times.exists() else 0
+        times.write_text("x" * (count + 1))
+        if job == 2 or (job == 4 and count < 2):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 10 * job
+
+    def process_result(self, index, job, result):
+        self.results[index] = result
+
+    def process_failure(self, index, job, error):
+        self.failures[index] = error
+
+
+@pytest.mark.parametrize("grain", [1, 4])
+def test_isolated_jobs_that_crash_have_several_tries(tmp_path, grain):
+    sweep = Crashing(tmp_path, grain=grain)
+    sweep.run()
+    assert sweep.results == {0: 0, 1: 10, 3: 30, 4: 40, 5: 50}
+    assert list(sweep.failures) == [2]
+    assert sweep.failures[2].attempts == [(0, "killed by SIGKILL")] * 3
+    assert "given up after 3 attempts" in str(sweep.failures[2])
+    assert len((tmp_path / "4").read_text()) == 3

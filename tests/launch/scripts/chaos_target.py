@@ -68,7 +68,7 @@ class Target(JobDispatcher):
         time.sleep(0.002)
         if moment == "poison" and job == 31:
             strike(kind, PAUSE_S)
-        if moment == "computing" and (isolate or self.is_victim) and job > 30:
+        if moment in ("computing", "alone") and (isolate or self.is_victim) and job > 30:
             for victim in range(1, victims + 1) if isolate else [rank]:
                 meet(f"strike{victim}")
         if array is not None:
@@ -97,6 +97,7 @@ target = Target(
     MPI.COMM_WORLD,
     isolate=isolate,
     max_attempts=2 if moment == "poison" else 3,
+    local_fallback=moment != "alone",
     heartbeat_s=0.1,
     liveness_timeout_s=1.0,
     job_timeout_s=1.0 if kind in ("hang", "hold") or isolate else None,
