@@ -22,7 +22,7 @@ rank = MPI.COMM_WORLD.Get_rank()
 BIG = 1 << 20  # float64: 8 MB
 PAUSE_S = 3.0
 big = moment.startswith("big")
-COUNT = 12 if big else 120
+COUNT = 40 if big else 120
 
 
 def once(name: str) -> bool:
@@ -65,7 +65,7 @@ class Target(JobDispatcher):
 
     def process_job(self, given):
         job, array = given
-        time.sleep(0.002)
+        time.sleep(0.03 if big else 0.002)  # the fault must come while the run is on
         if moment == "poison" and job == 31:
             strike(kind, PAUSE_S)
         if moment in ("computing", "alone") and (isolate or self.is_victim) and job > 30:
