@@ -217,3 +217,27 @@ def test_a_struck_batch_that_waits_is_answered_before_the_master_gives_it_up(dri
     assert d.answer(1, old) == "deliver"
     assert (d.s.assign_local(), d.s.next_given_up()) == (-1, -1)
     assert d.s.release(slot) == 0
+
+
+# ---- what deadlines go by ----------------------------------------------------------------------------------------
+
+
+def test_order_tells_dispatches_apart_and_answers_are_counted(drive):
+    d = drive(slaves=2, credit=2)
+    (first, slave), (second, other) = d.send(), d.send()
+    assert (slave, other) == (1, 2)
+    assert d.s.order(first) < d.s.order(second)
+    assert [d.s.answers(slave) for slave in (0, 1, 2)] == [0, 0, 0]
+    dispatch = d.dispatch(first)
+    assert d.answer(1, dispatch) == "deliver"
+    assert d.answer(1, dispatch) == "late"  # it is an answer all the same
+    assert [d.s.answers(slave) for slave in (0, 1, 2)] == [0, 2, 0]
+
+
+def test_a_struck_batch_runs_on_a_master_that_isolates_jobs(drive):
+    d = drive(slaves=1)
+    slot, slave = d.send()
+    d.s.on_lost(slave)
+    assert d.s.assign_local(True) == slot
+    assert d.s.strikes(slot) == 1
+    assert d.answer(0, d.dispatch(slot)) == "deliver"
