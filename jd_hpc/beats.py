@@ -90,6 +90,7 @@ class Connection:
 
     def __init__(self, sock: socket.socket, period_s: float) -> None:
         self._socket: socket.socket | None = sock
+        self._period_s = period_s
         self._beat = Beat(sock.fileno(), period_s)
         _open_ends.add(self)
 
@@ -164,8 +165,9 @@ class Connection:
 
     def beat_every(self, period_s: float) -> None:
         """Beat so often from now on; 0: not at all, while the connection stays."""
-        if self._socket is None:
+        if self._socket is None or period_s == self._period_s:  # a run like the last one needs no other thread
             return
+        self._period_s = period_s
         self._beat.stop()
         if period_s:
             self._beat = Beat(self._socket.fileno(), period_s)

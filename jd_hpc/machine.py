@@ -154,8 +154,6 @@ class Channel:
         self.listener: Listener | None = None
         self.connection: Connection | None = None
         self._connect()
-        if not _channels:
-            ending.before_end(_part)
         _channels.add(self)
 
     def _connect(self) -> None:
@@ -271,6 +269,9 @@ _channels: set[Channel] = set()
 def _part() -> None:
     for channel in list(_channels):
         channel.part()
+
+
+ending.before_end(_part)
 
 
 def as_machine(vm: Any) -> LocalMachine | MPIMachine:
