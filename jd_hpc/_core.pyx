@@ -485,4 +485,5 @@ def layout():
 include "_slave.pxi"
 include "_jobs.pxi"
 include "_survive.pxi"
+include "_delivery.pxi"
 include "_master.pxi"
