@@ -82,11 +82,12 @@ BEAT = b"."
 
 
 cdef struct Shared:
-    # What the thread and the object that started it share. The mutex guards the two flags.
+    # What the thread and the object that started it share. The mutex guards the flags and the limit.
     pthread_mutex_t mutex
     pthread_cond_t stop_asked
     bint stopping  # the object asks the thread to end
     bint ended  # the thread has ended, or is about to, without having been asked
+    int64_t quiet_from_ns  # from this time on no beat is sent; 0: no limit
     int fd
     int64_t period_ns
     pthread_t thread
@@ -117,6 +118,10 @@ cdef bint connection_broke(int fd) noexcept nogil:
     return errno != EAGAIN and errno != EINTR and errno != ENOBUFS and errno != ENOMEM
 
 
+cdef bint is_quiet(Shared *shared) noexcept nogil:
+    return shared.quiet_from_ns != 0 and now_ns() >= shared.quiet_from_ns
+
+
 cdef void *run(void *given) noexcept nogil:
     """The thread. Sending under the mutex is fine: it does not block."""
     cdef Shared *shared = <Shared *> given
@@ -124,7 +129,7 @@ cdef void *run(void *given) noexcept nogil:
     jd_name_thread("jd_hpc beat")
     due = now_ns() + shared.period_ns
     pthread_mutex_lock(&shared.mutex)
-    while not stop_comes_before(shared, due) and not connection_broke(shared.fd):
+    while not stop_comes_before(shared, due) and (is_quiet(shared) or not connection_broke(shared.fd)):
         # From due time to due time, so that delays do not add up. Who was stopped for long does not make up for it.
         now = now_ns()
         due += shared.period_ns
@@ -236,6 +241,24 @@ cdef class Beat:
         cdef bint ended = self.shared.ended
         pthread_mutex_unlock(&self.shared.mutex)
         return not ended
+
+    def limit(self, double seconds):
+        """Send no beat any more after so many seconds from now, until another limit is set; 0: no limit.
+
+        Does nothing after `stop`.
+
+        Raises
+        ------
+        ValueError
+            If `seconds` is no number from 0 on.
+        """
+        if not seconds >= 0:
+            raise ValueError(f"the limit is {seconds} s; it must be at least 0")
+        if self.shared == NULL or getpid() != self.pid:
+            return
+        pthread_mutex_lock(&self.shared.mutex)
+        self.shared.quiet_from_ns = now_ns() + <int64_t> (min(seconds, LONGEST_S) * SECOND_NS) if seconds else 0
+        pthread_mutex_unlock(&self.shared.mutex)
 
     def stop(self):
         """End the thread and wait for its end, which comes at once. A second call does nothing."""

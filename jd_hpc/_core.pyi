@@ -18,6 +18,7 @@ class Link:
     dropped: int
     early: list[tuple[int, bytes]]
     parting: bool
+    impatient: bool
 
 @final
 class Slave(Link):
@@ -40,11 +41,15 @@ class Survivor(JobSender):
     dead: set[int]
     missing: set[int]
     failed: bool
-    def watch_over(self, watch: Watch, acknowledge: Callable[[], list[int]]) -> None: ...
+    def watch_over(self, watch: Watch, acknowledge: Callable[[], list[int]], grace_s: float) -> None: ...
+
+@disjoint_base
+class Deliverer(Survivor): ...
 
 @final
-class Master(Survivor):
+class Master(Deliverer):
     slave_count: int
+    watched: bool
     def __new__(
         cls,
         handle: int,

@@ -22,7 +22,7 @@ cimport numpy as cnp
 from mpi4py.libmpi cimport *
 
 from jd_hpc._batch cimport Buffer, Evaluator, Rows
-from jd_hpc.scheduler cimport BATCH_SENT, SLAVE_LOST, SLAVE_UP, VERDICT_DELIVER, Scheduler
+from jd_hpc.scheduler cimport BATCH_SENT, SLAVE_LOST, SLAVE_UP, VERDICT_DELIVER, VERDICT_REFUSED, Scheduler
 from jd_hpc.wire cimport *
 
 import logging
@@ -36,6 +36,7 @@ from jd_hpc.errors import (
     Failure, JobError, MasterLostError, MPIError, PayloadError, ProtocolError, RanksDisagreeError, SlaveError, SlavesLostError,
 )
 from jd_hpc.payload import block_length, check_finite, pack, pack_into, unpack
+from jd_hpc.signals import GIVE_UP_AFTER
 
 cnp.import_array()
 
@@ -68,7 +69,6 @@ cdef enum:
     SLEEP_FIRST_NS = 1_000
     SLEEP_MOST_NS = 500_000
     SIGNAL_CHECK_NS = 4_000_000
-    GIVE_UP_AFTER = 3
     POLLS_PER_CLOCK = 64
     POLLS_PER_SWEEP = 256
     # rows up to this size are copied out for the single hooks: keeping one must not keep a whole message
@@ -156,6 +156,7 @@ cdef class Link:
     cdef int64_t looked_ns              # when Python's signal handlers last had their turn
     cdef object held                    # what a signal handler raised while ranks parted
     cdef int held_count
+    cdef public bint impatient          # the user will not wait: what is raised next gets through
     cdef readonly bint parting          # from the end of the loop to the goodbye: signals.py lets a Ctrl-C wait
 
     def __cinit__(self, uintptr_t handle, int64_t run, uint32_t[::1] body_turn, *args):
@@ -229,34 +230,58 @@ cdef class Link:
         die in the middle of a message, its receive never completes: now and then all are tested. A test that fails is costly (Open
         MPI yields in it when there are more ranks than cores), so none is made before what came in was answered.
         """
-        cdef int i, flag = 0
+        cdef int i, code, flag = 0
         if self.order_length == 0:
             return -1
         i = self.order[self.order_head]
-        if self.tolerate(MPI_Test(&self.receives[i], &flag, &self.status)):
+        code = MPI_Test(&self.receives[i], &flag, &self.status)
+        if self.is_too_long(code):
+            return self.sweep(code, i)
+        if self.tolerate(code):
             return -1
         if flag:
             self.order_head = 0 if self.order_head + 1 == self.posted else self.order_head + 1
             self.order_length -= 1
             return i
         self.empty_polls += 1
-        return self.sweep() if self.empty_polls % POLLS_PER_SWEEP == 0 else -1
+        if self.empty_polls % POLLS_PER_SWEEP:
+            return -1
+        i = MPI_UNDEFINED
+        code = MPI_Testany(self.posted, self.receives, &i, &flag, &self.status)
+        if not self.is_too_long(code) and (self.tolerate(code) or not flag):
+            return -1
+        return -1 if i == MPI_UNDEFINED else self.sweep(code, i)
 
     @cython.final
-    cdef int sweep(self) except -2 nogil:
-        """Test all receives, and take one that is complete out of the order."""
-        cdef int k, i, found = -1, flag = 0, kept = 0, length = self.order_length
-        if self.tolerate(MPI_Testany(self.posted, self.receives, &found, &flag, &self.status)):
-            return -1
-        if not flag or found == MPI_UNDEFINED:
-            return -1
+    cdef int sweep(self, int code, int found) except -2 nogil:
+        """Take a receive that is complete out of the order. A message that was too long for it is rejected."""
+        cdef int k, i, kept = 0, length = self.order_length
         for k in range(length):
             i = self.order[(self.order_head + k) % self.posted]
             if i != found:
                 self.order[(self.order_head + kept) % self.posted] = i
                 kept += 1
         self.order_length = kept
-        return found
+        if code == MPI_SUCCESS:
+            return found
+        self.repost(found)
+        with gil:
+            self.reject(self.status.MPI_SOURCE, f"it sent a message of more than {MESSAGE_BYTES} bytes")
+        return -1
+
+    @cython.final
+    cdef bint is_too_long(self, int code) noexcept nogil:
+        cdef int kind = MPI_SUCCESS
+        if code == MPI_SUCCESS:
+            return False
+        MPI_Error_class(code, &kind)  # its own failure leaves it an error like any other
+        return kind == MPI_ERR_TRUNCATE
+
+    cdef int reject(self, int source, str why) except -1:
+        """A message is none of ours."""
+        logger.warning("rank %d is not believed: %s", source, why)
+        self.dropped += 1
+        return 0
 
     @cython.final
     cdef bint is_ours(self, int i) except -1 nogil:
@@ -272,8 +297,11 @@ cdef class Link:
             if <int16_t> (header.run - self.run_mark) > 0:
                 with gil:
                     self.early.append((self.status.MPI_SOURCE, data[:bytes_in]))
-                return False
-        self.dropped += 1
+            else:
+                self.dropped += 1
+            return False
+        with gil:
+            self.reject(self.status.MPI_SOURCE, f"a message of {bytes_in} bytes has no good header")
         return False
 
     # ---- bodies --------------------------------------------------------------------------------------------------
@@ -439,11 +467,24 @@ cdef class Link:
     cdef int hold(self, object error) except -1:
         """While ranks part, what a signal handler raises waits until they have; after the third the user will not wait."""
         self.held_count += 1
-        if not self.parting or self.held_count == GIVE_UP_AFTER:
+        if not self.parting or self.impatient or self.held_count == GIVE_UP_AFTER:
             raise error
         if self.held is None:
             self.held = error
         return 0
+
+    @cython.final
+    cdef object opened(self, Buffer buffer, int64_t start, int64_t end, object kind, int source):
+        """What a rank has pickled, if it is what it must be."""
+        try:
+            value = unpack(buffer.memory[start:end])
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            raise ProtocolError(f"rank {source} sent what cannot be read: {error}") from error
+        if not isinstance(value, kind):
+            raise ProtocolError(f"rank {source} sent {type(value).__name__} in place of {kind.__name__}")
+        return value
 
     @cython.final
     cdef int release_held(self) except -1:

@@ -50,12 +50,24 @@ cdef class Deliverer(Survivor):
     # ---- results come in -----------------------------------------------------------------------------------------
 
     @cython.final
+    cdef bint is_wanted(self, Header *header, int source) except -1 nogil:
+        """Ask the ledger. An answer to what nobody asked is no mistake of a slave that was merely late."""
+        cdef int verdict
+        if self.distrusted[source]:
+            return False
+        verdict = self.scheduler.on_result(source, header.slot, header.first, header.count, header.attempt)
+        if verdict == VERDICT_REFUSED:
+            with gil:
+                self.distrust(source, f"it answers jobs {header.first} + {header.count}, which nobody gave it so")
+        return verdict == VERDICT_DELIVER
+
+    @cython.final
     cdef int collect(self, Header *header, int source) except -1 nogil:
         """Copy a small result and its job to where they wait to be handed over; the slot is free at once."""
         cdef int64_t at = self.collected, k, first = header.first
         cdef int64_t *indices = <int64_t *> self.collected_indices.data + at
         cdef int64_t job_bytes = self.job_rows.row_bytes, result_bytes = self.result_rows.row_bytes
-        if self.scheduler.on_result(source, header.slot, header.first, header.count, header.attempt) != VERDICT_DELIVER:
+        if not self.is_wanted(header, source):
             return 0
         if not self.tells_sent:
             self.hand_out()  # first of all: the slave may be waiting
@@ -93,14 +105,14 @@ cdef class Deliverer(Survivor):
             if end >= offset:
                 memcpy(&failures_bytes, buffer.data + end, FAILURE_LENGTH_BYTES)
             if not 0 <= failures_bytes <= end - offset:
-                return self.fail(ProtocolError(f"slave {source} sent a report of failures with a wrong length"))
+                raise ProtocolError(f"slave {source} sent a report of failures with a wrong length")
             end -= failures_bytes
         if self.result_rows is not None and end - offset != header.count * self.result_rows.row_bytes:
-            return self.fail(ProtocolError(f"slave {source} sent {end - offset} bytes for {header.count} results"))
-        if self.scheduler.on_result(source, header.slot, header.first, header.count, header.attempt) != VERDICT_DELIVER:
-            return 0
+            raise ProtocolError(f"slave {source} sent {end - offset} bytes for {header.count} results")
         if failures_bytes:
-            failures = unpack(buffer.memory[end:end + failures_bytes])
+            failures = self.opened(buffer, end, end + failures_bytes, dict, source)
+        if not self.is_wanted(header, source):
+            return 0
         if self.result_rows is not None:
             results = buffer.rows[:header.count]
         else:

@@ -30,7 +30,8 @@ cdef class Master(Deliverer):
         self.early = early  # the channel's list: what comes early in this run is there for the next one, however this one ends
         self.said_bye = <int *> calloc(self.size, sizeof(int))
         self.gone = <int *> calloc(self.size, sizeof(int))
-        if self.said_bye == NULL or self.gone == NULL:
+        self.distrusted = <int *> calloc(self.size, sizeof(int))
+        if self.said_bye == NULL or self.gone == NULL or self.distrusted == NULL:
             raise MemoryError()
         for rank in dead:
             self.gone[rank] = True
@@ -44,8 +45,10 @@ cdef class Master(Deliverer):
             self.job_rows, self.result_rows = plan.job_rows, plan.result_rows
             self.payload_limit = plan.payload_limit
         # a body on its way for every batch given out, and for what each rank says besides
-        self.post(MPI_ANY_SOURCE, POSTED, limit + 2 * self.size, self.result_rows)
+        if self.posted == 0:
+            self.post(MPI_ANY_SOURCE, POSTED, limit + 2 * self.size, self.result_rows)
         if not plan:
+            self.scheduler = self.scheduler or Scheduler(0, 1, 1)
             self.stopping = True
             return
         self.plan = plan
@@ -53,7 +56,6 @@ cdef class Master(Deliverer):
         self.local_below = max(1, plan.min_slaves)
         self.tells_sent = plan.on_job_sent is not None
         self.scheduler = Scheduler(slave_count, credit, limit + self.read_ahead, plan.max_attempts)
-        self.grace_ns = <int64_t> (plan.liveness_timeout_s * 1e9)
         for rank in range(1, slave_count + 1):
             if rank in self.dead or rank in self.missing:  # since an earlier run
                 self.scheduler.on_lost(rank)
@@ -134,11 +136,8 @@ cdef class Master(Deliverer):
         return True
 
     cdef int accept(self, int i, int source) except -1:
-        """A message that needs Python. What goes wrong is raised by run_jobs, once the receive is posted again."""
-        try:
-            self.accept_message(self.messages[i], source)
-        except BaseException as error:
-            self.fail(error)
+        """A message that needs Python."""
+        self.accept_message(self.messages[i], source)
         if (<Buffer> self.messages[i]).kept():
             self.renew_message(i)
         return 0
@@ -153,18 +152,20 @@ cdef class Master(Deliverer):
             source, data = self.early_in.pop(0)
             buffer = Buffer(MESSAGE_BYTES, self.result_rows, HEADER_BYTES)
             memcpy(buffer.data, <const char *> <bytes> data, len(data))
-            try:
-                self.accept_message(buffer, source)
-            except BaseException as error:
-                self.fail(error)
+            self.accept_message(buffer, source)
         return 0
 
     cdef int accept_message(self, Buffer buffer, int source) except -1:
         """A whole message is handled; a longer one's body is received first."""
         cdef Header header = (<Header *> buffer.data)[0]
-        if header.body_bytes > INLINE_BYTES:
-            return self.expect_body(&header, source, self.result_rows if header.kind in (KIND_RESULTS, KIND_FAILURES) else None)
-        return self.handle(&header, source, buffer, HEADER_BYTES)
+        if header.body_bytes <= INLINE_BYTES:
+            return self.handle_safely(&header, source, buffer, HEADER_BYTES)
+        try:
+            if not self.distrusted[source]:
+                self.expect_body(&header, source, self.result_rows if header.kind in (KIND_RESULTS, KIND_FAILURES) else None)
+        except ProtocolError as error:
+            self.distrust(source, str(error))
+        return 0
 
     cdef bint take_bodies(self) except -1 nogil:
         cdef int i = self.finished_body()
@@ -178,31 +179,38 @@ cdef class Master(Deliverer):
         cdef Header header = self.bodies[i].header
         cdef int source = self.bodies[i].source
         cdef Buffer buffer = self.take_body(i)
+        return self.handle_safely(&header, source, buffer, 0)
+
+    cdef int handle_safely(self, Header *header, int source, Buffer buffer, int64_t offset) except -1:
+        """Deal with a message. What goes wrong is raised by run_jobs later; what breaks the protocol is its sender's loss."""
         try:
-            self.handle(&header, source, buffer, 0)
+            self.handle(header, source, buffer, offset)
+        except ProtocolError as error:
+            self.distrust(source, str(error))
         except BaseException as error:
             self.fail(error)
         return 0
 
     cdef int handle(self, Header *header, int source, Buffer buffer, int64_t offset) except -1:
         """Deal with a message that is complete."""
+        cdef int64_t end = offset + header.body_bytes
         if header.kind == KIND_BYE:
-            self.said_bye[source] = True
             if not self.stopping:
-                self.fail(SlaveError(source, Failure("SlaveLeft", "it left the run before the end", "", None)))
-        elif self.stopping:
-            return 0  # whatever a slave still says, the run is over
+                self.distrust(source, "it left the run before the end")
+            self.said_bye[source] = True
+        elif self.stopping or self.distrusted[source]:
+            return 0  # whatever a slave still says
         elif header.kind == KIND_RESULTS or header.kind == KIND_FAILURES:
             self.parcel(header, source, buffer, offset)
         elif header.kind == KIND_READY:
             if source <= self.slave_count:
-                self.greet(source, unpack(buffer.memory[offset:offset + header.body_bytes]))
+                self.greet(source, self.opened(buffer, offset, end, dict, source))
         elif header.kind == KIND_INTERRUPT:
             self.fail(KeyboardInterrupt(f"slave {source} was interrupted"))
         elif header.kind == KIND_ERROR:
-            self.fail(SlaveError(source, unpack(buffer.memory[offset:offset + header.body_bytes])))
+            self.fail(SlaveError(source, self.opened(buffer, offset, end, Failure, source)))
         else:
-            self.fail(ProtocolError(f"rank {source} sent a message of kind {header.kind}"))
+            raise ProtocolError(f"rank {source} sent a message of kind {header.kind}")
         return 0
 
     cdef int greet(self, int slave, dict facts) except -1:
@@ -212,7 +220,7 @@ cdef class Master(Deliverer):
             return self.fail(RanksDisagreeError(f"slave {slave} and the master disagree: {wrong}; start all ranks with the same "
                                                 "script, options and environment"))
         if self.scheduler.on_ready(slave) < 0:
-            return self.fail(ProtocolError(f"slave {slave} reports for work twice"))
+            raise ProtocolError(f"slave {slave} reports for work twice")
         self.missing.discard(slave)
         if self.plan.on_slave_started is not None:
             self.plan.on_slave_started(slave)
@@ -220,14 +228,16 @@ cdef class Master(Deliverer):
 
     cdef int work_locally(self) except -1:
         """Too few slaves are left: the master runs one batch itself."""
-        cdef int slot = self.scheduler.assign_local(self.plan.isolate), count
+        cdef int slot, count
         cdef Buffer out = None
         cdef list objects = None
         if not self.plan.local_fallback and self.scheduler.lost + self.scheduler.suspected > 0:
             raise SlavesLostError(self.scheduler.lost, self.scheduler.suspect_count)
+        slot = self.scheduler.assign_local(self.plan.isolate, self.others_may_help())
         if slot < 0:
             self.attention = True  # batches may have been given up
             with nogil:
+                self.hand_out()  # what the master does not touch
                 self.rest(self.take_in())  # a slave may still say something
             return 0
         if self.evaluator is None:
@@ -245,6 +255,12 @@ cdef class Master(Deliverer):
             self.parcels.append((slot, 0, objects if out is None else out.rows, failures))
             self.attention = True
         return 0
+
+    cdef bint others_may_help(self) noexcept:
+        """Whether a slave may still take what the master does not touch, because it has killed one."""
+        if self.scheduler.up_count > 0:
+            return True
+        return self.scheduler.suspect_count > 0 and coarse_ns() - self.failed_ns < self.grace_ns
 
     # ---- facts ---------------------------------------------------------------------------------------------------
 
@@ -270,11 +286,9 @@ cdef class Master(Deliverer):
             raise MemoryError()
         self.parting = True
         try:
-            if self.posted == 0:
-                self.begin(None, 0)  # the run failed before it began
             self.stopping = True
             self.collects = False
-            self.failed = bool(self.dead or self.missing or (self.scheduler and self.scheduler.suspect_count))
+            self.failed = bool(self.dead or self.missing or self.scheduler.suspect_count)
             self.accept_early()
             for rank in range(1, self.size):
                 stops[rank].head = stops[rank].body = MPI_REQUEST_NULL
@@ -294,7 +308,8 @@ cdef class Master(Deliverer):
             if self.failed:
                 aside.extend((buffers, self.slot_buffers, self.slab))  # what was sent to them may still be read
         except BaseException:
-            # The user will not wait: MPI may still write to and read from all of these.
+            # The user will not wait: MPI may still write to and read from all of these, and ranks wait for a word.
+            self.failed = True
             aside.extend((buffers, self.messages, self.body_buffers, self.slot_buffers, self.slab))
             raise
         finally:
@@ -313,7 +328,7 @@ cdef class Master(Deliverer):
     cdef bint all_sent(self) except -1 nogil:
         """Whether no slot is being sent any more to anybody who is there."""
         cdef int slot
-        if self.scheduler is not None:
+        if self.slots != NULL:
             for slot in range(self.scheduler.batch_count):
                 if not self.is_sent(&self.slots[slot]) and not self.gone[self.slots[slot].dest]:
                     return False

@@ -330,18 +330,26 @@ cdef class Slave(Link):
             self.say(KIND_INTERRUPT, None)
         else:
             self.say(KIND_ERROR, Failure.of(error))
-        with nogil:
-            while not self.stopped:
-                self.rest(self.take_in())
+        try:
+            with nogil:
+                while not self.stopped:
+                    self.rest(self.take_in())
+        except BaseException:
+            self.failed = True  # likewise
+            raise
 
     def leave(self):
         """Say goodbye: all results have gone out, and every body that was announced has come in."""
         self.parting = True
-        with nogil:
-            while not self.is_clear():
-                self.rest(False)
-        self.unpost()  # first: what the master says after the goodbye belongs to the next run
-        self.say(KIND_BYE, None)
+        try:
+            with nogil:
+                while not self.is_clear():
+                    self.rest(False)
+            self.unpost()  # first: what the master says after the goodbye belongs to the next run
+            self.say(KIND_BYE, None)
+        except BaseException:
+            self.failed = True  # the master waits for the goodbye
+            raise
         self.release_held()
 
     def close(self):

@@ -16,12 +16,15 @@ cdef class Survivor(JobSender):
     cdef readonly bint failed           # ranks failed: nobody may finalize MPI at the end of the program
     cdef int *gone                      # for each rank: nobody waits for it any more
     cdef int *said_bye                  # likewise: it has left the run
+    cdef int *distrusted                # likewise: it sent what no slave sends
     cdef int64_t grace_ns               # how long those that may come back are waited for at the end
     cdef int64_t stragglers_since_ns
+    cdef int64_t failed_ns              # when a slave failed last
 
     def __dealloc__(self):
         free(self.gone)
         free(self.said_bye)
+        free(self.distrusted)
 
     cdef int fail(self, object error) except -1:
         if self.failure is None:
@@ -29,9 +32,15 @@ cdef class Survivor(JobSender):
         self.attention = True
         return 0
 
-    def watch_over(self, watch, acknowledge):
-        """Have a watch, and what asks MPI for failed ranks. To be called after `begin`."""
+    @property
+    def watched(self):
+        """Whether there is a watch."""
+        return self.watch is not None
+
+    def watch_over(self, watch, acknowledge, double grace_s):
+        """Have a watch, and what asks MPI for failed ranks. At the end those that may come back get so long. After `begin`."""
         self.watch, self.acknowledge = watch, acknowledge
+        self.grace_ns = <int64_t> (grace_s * 1e9)
 
     cdef int on_tick(self, int64_t now) except -1:
         if self.watch is None:
@@ -43,8 +52,10 @@ cdef class Survivor(JobSender):
                     self.lose(rank, "MPI reports that the process failed")
                 self.renew_receives()
             for slave, what, how in self.watch.tick(now * 1e-9):
-                if what == "lost":
+                if what == "gone":
                     self.lose(slave, how)
+                elif what == "lost":
+                    self.miss(slave, how)
                 elif what == "suspect":
                     self.suspect(slave, how)
                 elif self.scheduler.on_ready(slave) == 0:
@@ -94,14 +105,28 @@ cdef class Survivor(JobSender):
         if self.said_bye[slave]:  # it left the run, and then the program
             self.dead.add(slave)
             return 0
-        if how.startswith("silent"):
-            self.missing.add(slave)
-        else:
-            self.dead.add(slave)
-            self.forget(slave)
-        if slave > self.scheduler.slave_count:  # a rank that is not used
-            return 0
+        self.dead.add(slave)
+        self.forget(slave)
         return self.take_back(slave, how, True)
+
+    cdef int miss(self, int slave, str how) except -1:
+        """A slave is not there, but may come back: nobody waits for it long at the end."""
+        if slave in self.dead or self.said_bye[slave]:
+            return 0
+        self.missing.add(slave)
+        return self.take_back(slave, how, True)
+
+    cdef int distrust(self, int slave, str why) except -1:
+        """A rank sent what no slave sends: whatever it says in this run is worth nothing."""
+        if not self.distrusted[slave]:
+            self.distrusted[slave] = True
+            logger.warning("rank %d is not believed any more: %s", slave, why)
+            self.miss(slave, "it broke the protocol: " + why)
+        return 0
+
+    cdef int reject(self, int source, str why) except -1:
+        self.dropped += 1
+        return self.distrust(source, why)
 
     cdef int forget(self, int rank) except -1:
         """Nobody waits for this rank any more. A receive from it may hang for ever if it is waited for, or cancelled."""
@@ -136,19 +161,21 @@ cdef class Survivor(JobSender):
 
     cdef int take_back(self, int slave, str how, bint lost) except -1:
         """What the slave holds goes to others."""
-        cdef int slot, struck = self.scheduler.running(slave)
+        cdef int slot, struck
         cdef list indices = []
-        if self.scheduler.state_of_slave(slave) == SLAVE_LOST:
-            return 0
+        if slave > self.scheduler.slave_count or self.scheduler.state_of_slave(slave) == SLAVE_LOST:
+            return 0  # a rank that is not used, or was lost before
         for slot in range(self.scheduler.batch_count):
             if self.scheduler.holder(slot) == slave and self.scheduler.state_of_batch(slot) == BATCH_SENT:
                 indices.extend(range(self.scheduler.first(slot), self.scheduler.first(slot) + self.scheduler.jobs(slot)))
+        struck = self.scheduler.running(slave)
         if struck >= 0 and self.scheduler.state_of_batch(struck) == BATCH_SENT:
             self.histories.setdefault(struck, []).append((slave, how))
         if lost:
             self.scheduler.on_lost(slave)
         else:
             self.scheduler.on_suspect(slave)
+        self.failed_ns = coarse_ns()
         logger.warning("slave %d is %s: %s; its %d jobs go to others", slave, "lost" if lost else "suspected", how, len(indices))
         self.attention = True
         if self.plan.on_slave_failed is not None and not self.stopping:

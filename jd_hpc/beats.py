@@ -25,7 +25,7 @@ import socket
 import struct
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Final, Literal, NamedTuple
 
@@ -171,6 +171,15 @@ class Connection:
         self._beat.stop()
         if period_s:
             self._beat = Beat(self._socket.fileno(), period_s)
+
+    @contextlib.contextmanager
+    def limited(self, seconds: float | None) -> Iterator[None]:
+        """Context: what takes longer than so many seconds falls silent, although the process lives. None: no limit."""
+        self._beat.limit(seconds or 0)
+        try:
+            yield
+        finally:
+            self._beat.limit(0)
 
     def fileno(self) -> int:
         """Return the socket's file descriptor, or -1 after `close`."""

@@ -47,7 +47,8 @@ class JobDispatcher:
         A job is given up, and goes to `process_failure`, when so many slaves, or processes of `isolate`, failed while they ran it.
     job_timeout_s : float, optional
         What one job may take, in seconds; a message of several may take as many times that. A slave that takes longer gets no
-        more jobs until it answers, and its jobs go to others; with `isolate` the process is ended instead.
+        more jobs until it answers, and its jobs go to others; with `isolate` the process is ended instead. A slave whose
+        `on_startup` or `on_shutdown` takes longer is not waited for at the end.
     isolate : bool
         Run jobs in a process of their own on every slave: a crash, a hang or a job out of memory then costs an attempt of that
         job, and nothing else, with any MPI and any launcher.
@@ -267,28 +268,37 @@ class JobDispatcher:
             try:
                 plan = self._plan()
                 master.begin(plan, 0 if alone else usable)
-                self._watch(channel, master, plan)
+                self._watch(channel, master)
                 machine.busy = master.busy_slaves
                 self.on_startup()
                 self.reset()
                 master.run_jobs()
             finally:  # the slaves leave the run first, whatever happened
                 machine.busy = None
-                master.stop()
-                self.stats = master.counters()
-                if master.failed:
-                    channel.note_failures()
+                self._stop(channel, master)
             self._log("run %d: %s", master.run, self.stats)
             return self.postprocess()
         finally:
             self.on_shutdown()
 
-    def _watch(self, channel: Channel, master: Any, plan: Plan) -> None:
+    def _watch(self, channel: Channel, master: Any) -> None:
         """Have the slaves watched."""
-        margin_s = ISOLATED_MARGIN_S if plan.isolate else 0.0
-        listener = channel.listener if plan.heartbeat_s else None
-        watch = Watch(master.scheduler, listener, plan.liveness_timeout_s, plan.job_timeout_s, margin_s)
-        master.watch_over(watch, channel.acknowledge)
+        margin_s = ISOLATED_MARGIN_S if self.isolate else 0.0
+        listener = channel.listener if self.heartbeat_s else None
+        watch = Watch(master.scheduler, listener, self.liveness_timeout_s, self.job_timeout_s, margin_s)
+        master.watch_over(watch, channel.acknowledge, self.liveness_timeout_s)
+
+    def _stop(self, channel: Channel, master: Any) -> None:
+        """Have all slaves leave the run."""
+        if not master.watched:  # it failed before it began
+            master.begin(None, 0)
+            self._watch(channel, master)
+        try:
+            master.stop()
+        finally:
+            self.stats = master.counters()
+            if master.failed:
+                channel.note_failures()
 
     def _run_slave(self, channel: Channel, slave: Any) -> None:
         try:
@@ -296,7 +306,8 @@ class JobDispatcher:
                 plan = self._plan()
                 slave.begin(plan)
                 slave.beat = channel.beat_every(plan.heartbeat_s)
-                self.on_startup()
+                with channel.limited(self.job_timeout_s):
+                    self.on_startup()
                 slave.ready(plan.facts())
                 if self.debug > 1:
                     self._log("run %d: slave %d is ready", slave.run, slave.rank)
@@ -315,7 +326,8 @@ class JobDispatcher:
                 if slave.failed:
                     ending.failed("ranks of the run failed")
         finally:
-            self.on_shutdown()
+            with channel.limited(self.job_timeout_s):
+                self.on_shutdown()
 
     def _plan(self) -> Plan:
         plan = Plan(self, self._overrides)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
@@ -189,6 +190,10 @@ class Channel:
         self.connection.beat_every(period_s)
         return self.connection if period_s else None
 
+    def limited(self, seconds: float | None) -> contextlib.AbstractContextManager[None]:
+        """Context, slave: what takes longer gives no more signs of life until it is over. None: no limit."""
+        return contextlib.nullcontext() if self.connection is None else self.connection.limited(seconds)
+
     def acknowledge(self) -> list[int]:
         """Master: ask MPI which ranks it knows to have failed (ULFM), and have it go on without them."""
         from mpi4py import MPI
@@ -245,6 +250,7 @@ class Channel:
         """The user frees the communicator, on all ranks: so do we."""
         _channels.discard(channel)
         if channel.connection is not None:
+            channel.connection.farewell()  # the master may not have read our last message yet
             channel.connection.close()
         if channel.listener is not None:
             channel.listener.close()

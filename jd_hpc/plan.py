@@ -46,7 +46,6 @@ class Plan:
         self.local_fallback: bool = dispatcher.local_fallback
         self.isolate: bool = dispatcher.isolate
         self.heartbeat_s: float = dispatcher.heartbeat_s
-        self.liveness_timeout_s: float = dispatcher.liveness_timeout_s
         self.job_timeout_s: float | None = dispatcher.job_timeout_s
         self.memory_limit: int | None = dispatcher.memory_limit
         self.payload_limit: int = dispatcher.payload_limit

@@ -69,7 +69,7 @@ cdef class Scheduler:
     @cython.locals(slot=cython.int, slave=cython.int)
     cpdef int assign(self) noexcept nogil
     @cython.locals(slot=cython.int)
-    cpdef int assign_local(self, bint struck_too=*) noexcept nogil
+    cpdef int assign_local(self, bint struck_too=*, bint struck_wait=*) noexcept nogil
     cpdef int on_ready(self, int slave) noexcept nogil
     @cython.locals(state=cython.int, newest=cython.int)
     cpdef int on_result(self, int slave, int slot, long long first, int jobs, int attempt) noexcept nogil

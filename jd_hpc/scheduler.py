@@ -144,19 +144,23 @@ class Scheduler:
             self._queue_slave(slave)
         return slot
 
-    def assign_local(self, struck_too: bool = False) -> int:
+    def assign_local(self, struck_too: bool = False, struck_wait: bool = False) -> int:
         """Give the batch that waits first to the master itself (slave 0): its slot, or -1.
 
-        Those that were struck are given up, unless the master runs jobs in a process of their own and `struck_too` is set.
+        Those that were struck are given up, unless the master runs jobs in a process of their own and `struck_too` is set, or a
+        slave may still take them and `struck_wait` is set.
         """
-        while self.waiting_count > 0:
+        for _ in range(self.waiting_count):
             slot = self._next_batch()
             if struck_too or self.batch_strikes[slot] == 0:
                 self.batch_state[slot] = BATCH_SENT
                 self.batch_slave[slot] = 0
                 self.sent += 1
                 return slot
-            self._give_up(slot)
+            if struck_wait:
+                self._queue_batch(slot)
+            else:
+                self._give_up(slot)
         return -1
 
     # ---- events ------------------------------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ class Interrupts:
     Parameters
     ----------
     link
-        The core's master or slave. It sets `parting` itself when it leaves its loop, so that no signal can come in between.
+        The core's master or slave. It sets `parting` itself when it leaves its loop, so that no signal can come in between; with
+        `impatient` it leaves at once.
     """
 
     def __init__(self, link: Any) -> None:
@@ -39,6 +40,7 @@ class Interrupts:
             self._held += 1
             if self._held < GIVE_UP_AFTER:
                 return
+            self._link.impatient = True
         raise KeyboardInterrupt
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

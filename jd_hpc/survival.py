@@ -5,7 +5,7 @@ The rules it keeps:
 - A connection that ends is a process that is gone: its rank is lost.
 - Silence proves nothing: a silent rank is suspected, and taken on again as soon as it is heard.
 - A rank that beats but does not answer within the deadline of what it runs is suspected until it answers.
-- Nobody is judged by a master that was away itself: first it reads what came in meanwhile.
+- Nobody is judged by a master that was away itself: first it reads what came in meanwhile (of beats the listener knows).
 """
 
 from __future__ import annotations
@@ -27,7 +27,18 @@ ABSENT, UP, LOST, SUSPECT = range(4)
 
 
 class Verdict(NamedTuple):
-    """What became of a slave: "lost", "suspect" or "back", and how that is known."""
+    """What became of a slave, and how that is known.
+
+    Attributes
+    ----------
+    slave : int
+        Its rank.
+    what : str
+        "gone": its process ended; "lost": it has not reported for work, and is silent; "suspect": it is silent or late, and may
+        come back; "back": it did.
+    how : str
+        For the log, and for the history of a job's attempts.
+    """
 
     slave: int
     what: str
@@ -90,11 +101,9 @@ class Watch:
             if kind in ("connected", "left"):
                 continue
             how = "its connection ended: the process is gone" if kind == "closed" else f"its beats are no beats ({kind})"
-            verdicts.append(Verdict(rank, "lost", how))
+            verdicts.append(Verdict(rank, "gone", how))
             self._silent.pop(rank, None)
             self._overdue.pop(rank, None)
-        if now < self._judge_from:
-            return
         for rank in listener.silent(now, self._liveness_timeout_s):
             if rank not in self._silent:
                 self._silent[rank] = now

@@ -7,7 +7,7 @@ import signal
 import time
 
 import pytest
-from launch_helpers import WRONG_WAYS
+from launch_helpers import WRONG_WAYS, Launched
 
 ANSWER = "answer 100 328350"
 
@@ -150,6 +150,19 @@ def test_interrupt_that_is_caught(launch, doing, to):
     ended = one.wait(15)
     assert (ended.code, ended.err) == (0, "")
     assert ended.out.startswith(ANSWER)
+
+
+def test_the_user_does_not_wait_for_a_slave_that_is_stuck(launch):
+    """From the third Ctrl-C on, the master leaves without a goodbye; nobody waits in MPI_Finalize."""
+    one = launch(2, "interrupted.py", "stuck", "uncaught", kind=Launched)
+    pid = int(one.read("note.pid0"))
+    one.read("note.stuck")
+    for _ in range(4):
+        os.kill(pid, signal.SIGINT)
+        time.sleep(0.3)
+    ended = one.wait(20)
+    assert ended.code != 0
+    assert "KeyboardInterrupt" in ended.err
 
 
 @pytest.mark.parametrize("to", ["mpiexec", "its process group"])

@@ -37,6 +37,36 @@ def test_beats_come_at_their_time_and_stop_at_once():
             ours.recv(1)
 
 
+def test_a_limit_silences_it_until_it_is_lifted():
+    ours, its = socket.socketpair()
+    with ours, its:
+        ours.settimeout(20)
+        beat = Beat(its.fileno(), 0.01)
+        beat.limit(0.05)
+        time.sleep(0.5)
+        ours.recv(1000)  # what came before
+        ours.setblocking(False)
+        time.sleep(0.1)
+        with pytest.raises(BlockingIOError):
+            ours.recv(1)
+        assert beat.alive
+        beat.limit(0)
+        ours.settimeout(20)
+        assert ours.recv(1) == BEAT
+        beat.stop()
+        beat.limit(1)  # nothing to limit
+
+
+def test_a_limit_is_checked():
+    ours, its = socket.socketpair()
+    with ours, its:
+        beat = Beat(its.fileno(), 1)
+        for wrong in (-1, float("nan")):
+            with pytest.raises(ValueError, match="must be at least 0"):
+                beat.limit(wrong)
+        beat.stop()
+
+
 def test_stop_does_not_wait_for_the_period():
     ours, its = socket.socketpair()
     with ours, its:

@@ -30,6 +30,7 @@ WEIGHTS = {
     "cancel": 1,
     "assign": 1,
     "assign_local": 1,
+    "assign_local_unstruck": 1,
     "ready_or_refused": 1,
     "lose_or_refused": 1,
     "release": 2,
@@ -207,6 +208,16 @@ class Machine(RuleBasedStateMachine):
             return
         assert slot == self.waiting[0].slot
         assert self.s.holder(slot) == 0
+        self.dispatch(0)
+
+    def assign_local_unstruck(self):
+        slot = self.s.assign_local(False, True)
+        passed = next((at for at, batch in enumerate(self.waiting) if not batch.strikes), len(self.waiting))
+        self.waiting = self.waiting[passed:] + self.waiting[:passed]  # those go to the back
+        if passed == len(self.waiting):
+            assert slot == -1
+            return
+        assert slot == self.waiting[0].slot
         self.dispatch(0)
 
     def dispatch(self, slave):

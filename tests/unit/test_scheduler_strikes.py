@@ -200,6 +200,19 @@ def test_the_master_does_not_run_what_was_struck(drive, fails):
     assert d.s.open_count == 0
 
 
+def test_what_was_struck_may_wait_for_a_slave(drive):
+    d = drive(slaves=2)
+    sent = [d.send()[0] for _ in range(2)]
+    d.s.on_suspect(1)
+    clean = d.submit()
+    assert d.s.assign_local(False, True) == clean
+    assert [d.s.assign_local(False, True) for _ in range(2)] == [-1, -1]
+    assert (d.s.waiting_count, d.s.next_given_up()) == (1, -1)
+    d.s.on_ready(1)
+    assert d.s.assign() == sent[0]
+    assert d.s.holder(sent[0]) == 1
+
+
 def test_the_master_gives_up_what_was_submitted_with_strikes(drive):
     d = drive(slaves=0)
     slot = d.submit(strikes=2)

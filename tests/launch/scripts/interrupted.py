@@ -17,7 +17,8 @@ class Forever(Squares):
         self.started += 1
 
     def next_job(self):
-        return 1.0
+        self.at += 1
+        return float(self.at)
 
     def process_job(self, job):
         if doing == "python":
@@ -26,6 +27,9 @@ class Forever(Squares):
                 pass
         elif doing == "sleeping":
             time.sleep(0.5)
+        elif doing == "stuck" and job > 5:
+            note("stuck", "yes")
+            time.sleep(3600)
         elif doing == "large":
             return np.full(300_000, job)
         return job
