@@ -141,9 +141,13 @@ class Checker:
     def _is_alone(self) -> bool:
         return self.usable < self.least_slaves
 
+    def _slave_of(self, event: Event, least: int = 1) -> int:
+        slave = event["slave"]
+        if not least <= slave < len(self.states):
+            raise ValueError(f"slave {slave} of {len(self.states) - 1}")
+        return int(slave)
+
     def _becomes(self, slave: int, state: str) -> None:
-        if slave < 1:
-            raise ValueError(f"slave {slave}")
         was_alone = self._is_alone()
         self.usable += (state == "up") - (self.states[slave] in ("up", "absent"))
         self.states[slave] = state
@@ -151,7 +155,8 @@ class Checker:
             self.alone_line = self.line
 
     def _up(self, event: Event) -> None:
-        slave, was = event["slave"], self.states[event["slave"]]
+        slave = self._slave_of(event)
+        was = self.states[slave]
         if was == "up" or (event["e"] == "back" and was == "absent"):
             self._wrong(f"slave {slave} is {event['e']}, and was {was} before")
         self._becomes(slave, "up")
@@ -160,7 +165,7 @@ class Checker:
 
     def _down(self, event: Event) -> None:
         """What the slave held is taken back; what it ran, the oldest, is struck."""
-        slave, state = event["slave"], event["e"]
+        slave, state = self._slave_of(event), event["e"]
         was = self.states[slave]
         if was == "lost" or (state == "suspect" and was != "up"):
             self._wrong(f"slave {slave} is {state}, and was {was} before")
@@ -177,7 +182,7 @@ class Checker:
     # ---- batches go out, and answers come in -------------------------------------------------------------------------
 
     def _sent(self, event: Event) -> None:
-        slave, slot, attempt = event["slave"], event["slot"], event["attempt"]
+        slave, slot, attempt = self._slave_of(event, 0), event["slot"], event["attempt"]
         first, count = event["first"], event["count"]
         jobs = Batch(first, count)
         batch = self.open.get(first)
@@ -246,9 +251,8 @@ class Checker:
         return batch
 
     def _answer(self, event: Event) -> None:
-        slave, slot, first, count, attempt = (event[name] for name in ("slave", "slot", "first", "count", "attempt"))
-        if not 0 <= slave < len(self.states):
-            raise ValueError(f"slave {slave}")
+        slave, slot, attempt = self._slave_of(event, 0), event["slot"], event["attempt"]
+        first, count = event["first"], event["count"]
         self.owed[slave].pop((slot, first, count, attempt), None)
         batch = self.open.get(first)
         if batch is not None and batch.count != count:

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from jd_hpc._history import Lines
-from jd_hpc.errors import HistoryError
+from jd_hpc.errors import Failure, HistoryError
 
 logger = logging.getLogger("jd_hpc")
 
@@ -77,15 +77,17 @@ class History:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
             self._lock()
             self._end_cut_line()
+            self.lines.start(self._file)
+            now = datetime.now(UTC).isoformat()
+            self._add("begin", format=FORMAT, wall=now, host=socket.gethostname(), pid=os.getpid(), program=sys.argv[0], **facts)
+            if self.lines.trouble:
+                raise OSError(self.lines.trouble, os.strerror(self.lines.trouble))
         except OSError as error:
             self._close()
             raise HistoryError(
                 f"the history {self.path} cannot be written: {error.strerror}. Cure: name a file that can be, by history= or "
                 f"{VARIABLE}, or none"
             ) from error
-        self.lines.start(self._file)
-        now = datetime.now(UTC).isoformat()
-        self.event("begin", format=FORMAT, wall=now, host=socket.gethostname(), pid=os.getpid(), program=sys.argv[0], **facts)
         return self
 
     def _lock(self) -> None:
@@ -109,9 +111,12 @@ class History:
 
     def event(self, name: str, **facts: Any) -> None:
         """Write an event of a rare kind, and all that waits, at once."""
+        self._add(name, **facts)
+        self.look_for_trouble()
+
+    def _add(self, name: str, **facts: Any) -> None:
         tail = json.dumps(facts, separators=(",", ":"), default=str)[1:]
         self.lines.add(f'{name}"{"," if facts else ""}{tail}\n'.encode())
-        self.look_for_trouble()
 
     def look_for_trouble(self) -> None:
         """Tell, once, if a write failed."""
@@ -126,7 +131,10 @@ class History:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._file < 0:
             return
-        how = self.how if error is None else f"{type(error).__name__}: {error}".partition("\n")[0][:REASON_CHARACTERS]
+        how = self.how
+        if error is not None:
+            failure = Failure.of(error)
+            how = f"{failure.type_name}: {failure.message}".partition("\n")[0][:REASON_CHARACTERS]
         self.event("end", how=how, counters=self.counters)
         self.lines.stop()
         self._close()

@@ -100,8 +100,8 @@ class Run:
 
 VERIFIED = (
     "Verified: no job ended twice, and all ended where a run ended well; only first valid answers were accepted, and none was "
-    "dropped; attempts grew; slaves got no more than their credit, and nothing while they were lost or suspected; nothing was given "
-    "up before its time; the counters agree."
+    "dropped; attempts grew; slaves got no more than their credit, and nothing while they were lost or suspected; nothing was "
+    "given up before its time; the counters agree."
 )
 
 

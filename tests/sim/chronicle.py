@@ -31,17 +31,16 @@ class Chronicle(Books):
         self.history.__exit__(type(error), error, None)
 
     def dispatches(self, slot: int) -> Dispatch:
-        dispatch = super().dispatches(slot)
-        self.history.lines.sent(self.s.holder(slot), slot, dispatch.first, dispatch.jobs, dispatch.attempt)
-        return dispatch
+        self.history.lines.sent(self.s.holder(slot), slot, self.s.first(slot), self.s.jobs(slot), self.s.attempt(slot))
+        return super().dispatches(slot)
 
     def answered(self, number: int, facts: tuple[int, int, int, int], verdict: str, expected: str) -> None:
-        super().answered(number, facts, verdict, expected)
         self.history.lines.result(VERDICTS.index(verdict), number, *facts)
+        super().answered(number, facts, verdict, expected)
 
     def becomes(self, number: int, state: str) -> None:
-        super().becomes(number, state)
         self.history.event(state, slave=number, how="simulated")
+        super().becomes(number, state)
 
     def given_up(self, slot: int, alone: bool) -> str:
         why = super().given_up(slot, alone)
