@@ -41,6 +41,7 @@ class Survivor(JobSender):
     dead: set[int]
     missing: set[int]
     failed: bool
+    def note(self, event: str, **facts: Any) -> None: ...
     def watch_over(self, watch: Watch, acknowledge: Callable[[], list[int]], grace_s: float) -> None: ...
 
 @disjoint_base

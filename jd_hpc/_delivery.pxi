@@ -180,8 +180,7 @@ cdef class Deliverer(Survivor):
                                self.result_rows.take(self.collected_results.data + i * self.result_rows.row_bytes))
             return 0
         if self.keeps_history:
-            for i in range(count):
-                self.lines.delivered(indices[i], 1)
+            self.lines.delivered_all(indices, count)
         self.plan.process_results(self.collected_indices.rows[:count], self.collected_jobs.rows[:count],
                                   self.collected_results.rows[:count])
         self.collected_indices = self.collected_indices.unshared()

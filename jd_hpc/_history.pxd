@@ -19,6 +19,7 @@ cdef class Lines:
     cpdef int sent(self, int slave, int slot, int64_t first, int count, int attempt) noexcept nogil
     cpdef int result(self, int verdict, int slave, int slot, int64_t first, int count, int attempt) noexcept nogil
     cpdef int delivered(self, int64_t first, int64_t count) noexcept nogil
+    cdef int delivered_all(self, const int64_t *indices, int64_t count) noexcept nogil
     cpdef int flush(self) noexcept nogil
     cpdef int flush_in_time(self) noexcept nogil
     cdef int begin_line(self) noexcept nogil

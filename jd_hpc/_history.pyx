@@ -85,6 +85,15 @@ cdef class Lines:
         self.span_count = count
         return 0
 
+    cdef int delivered_all(self, const int64_t *indices, int64_t count) noexcept nogil:
+        """The same of many jobs at once."""
+        cdef int64_t i, begin = 0
+        for i in range(1, count + 1):
+            if i == count or indices[i] != indices[i - 1] + 1:
+                self.delivered(indices[begin], i - begin)
+                begin = i
+        return 0
+
     # ---- all others --------------------------------------------------------------------------------------------------
 
     def add(self, bytes tail):

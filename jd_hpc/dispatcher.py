@@ -132,7 +132,7 @@ class JobDispatcher:
         self.heartbeat_s = _seconds("heartbeat_s", heartbeat_s, zero=True)
         self.liveness_timeout_s = _seconds("liveness_timeout_s", liveness_timeout_s)
         self.local_fallback = bool(local_fallback)
-        self.history = path_of(history)
+        self.history_path = path_of(history)
         if 0 < self.heartbeat_s < LEAST_HEARTBEAT_S:
             raise ValueError(f"heartbeat_s = {heartbeat_s} is out of range: it is 0, or at least {LEAST_HEARTBEAT_S}")
         if self.liveness_timeout_s < 2 * self.heartbeat_s:
@@ -247,7 +247,7 @@ class JobDispatcher:
         self._set_up_logging()
         machine = self.machine
         if isinstance(machine, LocalMachine) or machine.size == 1:
-            with History(self.history) as history:
+            with History(self.history_path) as history:
                 return self._run_local(history)
         core = load_core()
         channel = machine.channel()
@@ -256,7 +256,7 @@ class JobDispatcher:
             master = core.Master(
                 channel.handle, channel.next_run(), channel.body_turn, channel.early, channel.dead, channel.missing
             )
-            with Interrupts(master), History(self.history) as history:
+            with Interrupts(master), History(self.history_path) as history:
                 return self._run_master(machine, channel, master, history)
         slave = core.Slave(channel.handle, channel.next_run(), channel.body_turn)
         with Interrupts(slave):
@@ -265,7 +265,7 @@ class JobDispatcher:
     def _run_local(self, history: History) -> Any:
         try:
             plan = self._plan()
-            plan.history = history.begin(self._options(0))
+            plan.history = history.begin(self._history_facts(0))
             self.on_startup()
             self.reset()
             count = local.run_jobs(plan)
@@ -283,7 +283,7 @@ class JobDispatcher:
             try:
                 plan = self._plan()
                 slaves = 0 if alone else usable
-                plan.history = history.begin(self._options(slaves, run=master.run, mpi=mpi_name(), hosts=channel.hosts))
+                plan.history = history.begin(self._history_facts(slaves, run=master.run, mpi=mpi_name(), hosts=channel.hosts))
                 master.begin(plan, slaves)
                 self._watch(channel, master)
                 machine.busy = master.busy_slaves
@@ -349,7 +349,7 @@ class JobDispatcher:
             with channel.limited(self.job_timeout_s):
                 self.on_shutdown()
 
-    def _options(self, slaves: int, **facts: Any) -> dict[str, Any]:
+    def _history_facts(self, slaves: int, **facts: Any) -> dict[str, Any]:
         """Return what the first line of a history tells of this run."""
         from jd_hpc import __version__
 

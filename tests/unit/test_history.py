@@ -300,3 +300,15 @@ def test_without_one_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
     Counts().run()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_user_may_have_a_history_of_their_own(path):
+    class Remembers(Counts):
+        def reset(self):
+            super().reset()
+            self.history = []
+
+    run = Remembers(history=path)
+    run.run()
+    run.run()
+    assert len(checked(path)) == 2
