@@ -28,6 +28,7 @@ PLAIN_MODULES = [
     ("jd_hpc.scheduler", "jd_hpc/scheduler.py"),
     ("jd_hpc._batch", "jd_hpc/_batch.pyx"),
     ("jd_hpc._beat", "jd_hpc/_beat.pyx"),
+    ("jd_hpc._history", "jd_hpc/_history.pyx"),
 ]
 # Compiled with mpicc, and installed as <module>_<family>: module, source.
 MPI_MODULES = [("jd_hpc._core", "jd_hpc/_core.pyx")]

@@ -3,6 +3,7 @@
 from jd_hpc.dispatcher import JobDispatcher
 from jd_hpc.errors import (
     FamilyError,
+    HistoryError,
     IsolationError,
     JdError,
     JobError,
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FamilyError",
+    "HistoryError",
     "IsolationError",
     "JdError",
     "JobDispatcher",

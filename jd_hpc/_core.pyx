@@ -22,6 +22,7 @@ cimport numpy as cnp
 from mpi4py.libmpi cimport *
 
 from jd_hpc._batch cimport Buffer, Evaluator, Rows
+from jd_hpc._history cimport Lines
 from jd_hpc.scheduler cimport BATCH_SENT, SLAVE_LOST, SLAVE_UP, VERDICT_DELIVER, Scheduler
 from jd_hpc.wire cimport *
 

@@ -50,12 +50,20 @@ cdef class Deliverer(Survivor):
     # ---- results come in -----------------------------------------------------------------------------------------
 
     @cython.final
+    cdef int judge(self, int source, int slot, int64_t first, int count, int attempt) noexcept nogil:
+        """The scheduler's verdict on an answer."""
+        cdef int verdict = self.scheduler.on_result(source, slot, first, count, attempt)
+        if self.keeps_history:
+            self.lines.result(verdict, source, slot, first, count, attempt)
+        return verdict
+
+    @cython.final
     cdef int collect(self, Header *header, int source) except -1 nogil:
         """Copy a small result and its job to where they wait to be handed over; the slot is free at once."""
         cdef int64_t at = self.collected, k, first = header.first
         cdef int64_t *indices = <int64_t *> self.collected_indices.data + at
         cdef int64_t job_bytes = self.job_rows.row_bytes, result_bytes = self.result_rows.row_bytes
-        if self.scheduler.on_result(source, header.slot, header.first, header.count, header.attempt) != VERDICT_DELIVER:
+        if self.judge(source, header.slot, header.first, header.count, header.attempt) != VERDICT_DELIVER:
             return 0
         if not self.tells_sent:
             self.hand_out()  # first of all: the slave may be waiting
@@ -97,7 +105,7 @@ cdef class Deliverer(Survivor):
             end -= failures_bytes
         if self.result_rows is not None and end - offset != header.count * self.result_rows.row_bytes:
             return self.fail(ProtocolError(f"slave {source} sent {end - offset} bytes for {header.count} results"))
-        if self.scheduler.on_result(source, header.slot, header.first, header.count, header.attempt) != VERDICT_DELIVER:
+        if self.judge(source, header.slot, header.first, header.count, header.attempt) != VERDICT_DELIVER:
             return 0
         if failures_bytes:
             failures = unpack(buffer.memory[end:end + failures_bytes])
@@ -139,6 +147,8 @@ cdef class Deliverer(Survivor):
             if self.scheduler.jobs(slot) > 1 and 0 < self.scheduler.strikes(slot) == self.scheduler.max_attempts - 1:
                 self.take_apart(slot)
             else:
+                self.note("given_up", first=self.scheduler.first(slot), count=self.scheduler.jobs(slot),
+                          strikes=self.scheduler.strikes(slot))
                 lost = Failure("SlaveLost", "every slave that ran it failed", "", None)
                 self.deliver_parcel((slot, 0, None, dict.fromkeys(range(self.scheduler.jobs(slot)), lost)))
             slot = self.scheduler.next_given_up()
@@ -152,9 +162,14 @@ cdef class Deliverer(Survivor):
         self.collected = 0
         if not self.in_blocks:
             for i in range(count):
+                if self.keeps_history:
+                    self.lines.delivered(indices[i], 1)
                 process_result(indices[i], self.job_rows.take(self.collected_jobs.data + i * self.job_rows.row_bytes),
                                self.result_rows.take(self.collected_results.data + i * self.result_rows.row_bytes))
             return 0
+        if self.keeps_history:
+            for i in range(count):
+                self.lines.delivered(indices[i], 1)
         self.plan.process_results(self.collected_indices.rows[:count], self.collected_jobs.rows[:count],
                                   self.collected_results.rows[:count])
         self.collected_indices = self.collected_indices.unshared()
@@ -175,6 +190,8 @@ cdef class Deliverer(Survivor):
             if i in failures:
                 self.deliver_failure(slot, slave, first + i, row_of(self.job_rows, jobs, i), failures[i])
             elif not self.in_blocks:
+                if self.keeps_history:
+                    self.lines.delivered(first + i, 1)
                 self.plan.process_result(first + i, row_of(self.job_rows, jobs, i), row_of(self.result_rows, results, i))
         self.histories.pop(slot, None)
         return self.release_slot(slot)
@@ -187,16 +204,22 @@ cdef class Deliverer(Survivor):
         if failure.died is not None:
             history = [*history, (slave, failure.died)]
             if strikes < self.scheduler.max_attempts:
+                self.note("again", index=index, slave=slave, strikes=strikes, how=failure.died)
                 return self.retry(index, job, strikes, history)
+        self.note("failed", index=index, slave=slave, error=failure.type_name, died=failure.died, attempts=history)
         self.plan.process_failure(index, job, JobError(index, slave, failure, history))
         return 0
 
     @cython.final
     cdef int deliver_block(self, int64_t first, int count, jobs, results, dict failures) except -1:
+        cdef int i
         cdef list good
         good = [i for i in range(count) if i not in failures]
         if not good:
             return 0
+        if self.keeps_history:
+            for i in good:
+                self.lines.delivered(first + i, 1)
         indices = np.array(good, "i8") + first
         indices.flags.writeable = False
         self.plan.process_results(indices, pick(jobs, good, count), pick(results, good, count))

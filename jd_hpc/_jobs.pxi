@@ -17,6 +17,9 @@ cdef class JobSender(Link):
     cdef int local_below                # with fewer slaves than this the master works itself
     cdef bint allow_nan
     cdef bint tells_sent                # on_job_sent is overridden
+    cdef bint keeps_history
+    cdef object history                 # history.History, or None
+    cdef Lines lines                    # its lines
     cdef int64_t next_index             # number of the next job
     cdef bint exhausted                 # the user has no job now; asked again once results were delivered
     cdef Outgoing *slots                # what the ledger's batches are made of
@@ -76,11 +79,17 @@ cdef class JobSender(Link):
                 with gil:
                     self.renew_slot(slot)
                 (<Header *> self.slots[slot].data).attempt = self.scheduler.attempt(slot)
+            if self.keeps_history:
+                self.note_sent(slot, slave)
             self.send(&self.slots[slot], slave)
             if self.tells_sent:
                 with gil:
                     self.tell_sent(slot, slave)
         return moved
+
+    @cython.final
+    cdef int note_sent(self, int slot, int slave) noexcept nogil:
+        return self.lines.sent(slave, slot, self.scheduler.first(slot), self.scheduler.jobs(slot), self.scheduler.attempt(slot))
 
     @cython.final
     cdef int tell_sent(self, int slot, int slave) except -1:

@@ -53,11 +53,15 @@ cdef class Master(Deliverer):
         self.grain, self.read_ahead, self.allow_nan = plan.grain, plan.read_ahead, plan.allow_nan
         self.local_below = max(1, plan.min_slaves)
         self.tells_sent = plan.on_job_sent is not None
+        self.history = plan.history
+        self.keeps_history = self.history is not None
+        self.lines = self.history.lines if self.keeps_history else None
         self.scheduler = Scheduler(slave_count, credit, limit + self.read_ahead, plan.max_attempts)
         self.grace_ns = <int64_t> (plan.liveness_timeout_s * 1e9)
         for rank in range(1, slave_count + 1):
             if rank in self.dead or rank in self.missing:  # since an earlier run
                 self.scheduler.on_lost(rank)
+                self.note("lost", slave=rank, how="in an earlier run", jobs=0)
         self.lay_out_slots()
         self.begin_to_deliver()
         self.accept_early()
@@ -215,6 +219,7 @@ cdef class Master(Deliverer):
         if self.scheduler.on_ready(slave) < 0:
             return self.fail(ProtocolError(f"slave {slave} reports for work twice"))
         self.missing.discard(slave)
+        self.note("up", slave=slave)
         if self.plan.on_slave_started is not None:
             self.plan.on_slave_started(slave)
         return 0
@@ -233,6 +238,8 @@ cdef class Master(Deliverer):
             return 0
         if self.evaluator is None:
             self.evaluator = self.plan.evaluator()
+        if self.keeps_history:
+            self.note_sent(slot, 0)
         count = self.scheduler.jobs(slot)
         if self.result_rows is None:
             objects = [None] * count
@@ -240,7 +247,7 @@ cdef class Master(Deliverer):
             out = Buffer(count * self.result_rows.row_bytes, self.result_rows, 0, True)
         jobs = self.jobs_of(slot, count)
         failures = Failure.of_all(self.evaluator.evaluate(jobs, count, out, objects))
-        if self.scheduler.on_result(0, slot, self.scheduler.first(slot), count, self.scheduler.attempt(slot)) == VERDICT_DELIVER:
+        if self.judge(0, slot, self.scheduler.first(slot), count, self.scheduler.attempt(slot)) == VERDICT_DELIVER:
             if out is not None:
                 out.rows.flags.writeable = False
             self.parcels.append((slot, 0, objects if out is None else out.rows, failures))

@@ -34,10 +34,18 @@ cdef class Survivor(JobSender):
         """Have a watch, and what asks MPI for failed ranks. To be called after `begin`."""
         self.watch, self.acknowledge = watch, acknowledge
 
+    def note(self, str event, **facts):
+        """Tell the history of something rare."""
+        if self.keeps_history:
+            self.history.event(event, **facts)
+
     cdef int on_tick(self, int64_t now) except -1:
         if self.watch is None:
             return 0
         try:
+            if self.keeps_history:
+                self.lines.flush_in_time()
+                self.history.look_for_trouble()
             if self.mpi_failed:
                 self.mpi_failed = False
                 for rank in self.acknowledge():
@@ -52,6 +60,7 @@ cdef class Survivor(JobSender):
                 elif what == "suspect":
                     self.suspect(slave, how)
                 elif self.scheduler.on_ready(slave) == 0:
+                    self.note("back", slave=slave, how=how)
                     logger.warning("slave %d is taken on again: %s", slave, how)
             if self.stopping:
                 self.look_for_stragglers(now)
@@ -157,6 +166,7 @@ cdef class Survivor(JobSender):
             self.scheduler.on_lost(slave)
         else:
             self.scheduler.on_suspect(slave)
+        self.note("lost" if lost else "suspect", slave=slave, how=how, jobs=len(indices))
         logger.warning("slave %d is %s: %s; its %d jobs go to others", slave, "lost" if lost else "suspected", how, len(indices))
         self.attention = True
         if self.plan.on_slave_failed is not None and not self.stopping:
@@ -171,6 +181,7 @@ cdef class Survivor(JobSender):
         cdef int64_t first = self.scheduler.first(slot)
         cdef list history = self.histories.pop(slot, [])
         cdef object jobs = self.jobs_of(slot, count)
+        self.note("apart", first=first, count=count, strikes=strikes)
         for i in range(count):
             self.retry(first + i, row_of(self.job_rows, jobs, i), strikes, history)
         return self.release_slot(slot)

@@ -1,4 +1,4 @@
-"""The command ``jd-hpc``: launch and doctor.
+"""The command ``jd-hpc``: launch, doctor and check.
 
 The rules it keeps: words are taken apart here and nowhere else, and every error is one line that names the cure, with exit code 2.
 """
@@ -9,8 +9,8 @@ import argparse
 import os
 import sys
 
-from jd_hpc import __version__, launch
-from jd_hpc.errors import LaunchError
+from jd_hpc import __version__, check, launch, verdict
+from jd_hpc.errors import HistoryError, LaunchError
 
 PROGRAM_ENDS = (".py", ".pyz")
 WITH_VALUE = ("-n", "-np", "--mpiexec")
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of our own options."""
     top = argparse.ArgumentParser("jd-hpc", description="Start scripts of jd_hpc so that they survive the death of a slave.")
     top.add_argument("--version", action="version", version=f"jd_hpc {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="launch | doctor")
+    commands = top.add_subparsers(dest="command", required=True, metavar="launch | doctor | check")
     one = commands.add_parser(
         "launch",
         help="run a script under this environment's mpiexec, with the flags that let the others live when a rank dies",
@@ -72,9 +72,36 @@ def parser() -> argparse.ArgumentParser:
         "doctor", help="say what is here, and by killing a slave try what this place survives", allow_abbrev=False
     )
     two.add_argument("-n", "-np", dest="ranks", type=_rank_count, default=4, metavar="N", help="ranks of the trial, default 4")
+    three = commands.add_parser(
+        "check",
+        help="verify the promises on histories of runs",
+        epilog="The exit code is 0 if all promises hold, 1 if one was broken, 2 if a file cannot be read or is no history.",
+        allow_abbrev=False,
+    )
+    three.add_argument("files", nargs="+", metavar="FILE", help="what history= or JD_HPC_HISTORY named")
     for each in (one, two):
         each.add_argument("--mpiexec", metavar="PATH", help="default: this environment's own, then the one on PATH")
     return top
+
+
+def check_histories(paths: list[str]) -> int:
+    """Verify histories, print what was found, and return the exit code."""
+    code = 0
+    for path in paths:
+        try:
+            runs = check.check_file(path)
+        except HistoryError as error:
+            print(f"jd-hpc check: {path}: {error}", file=sys.stderr)
+            code = 2
+            continue
+        broken = any(run.violation_count for run in runs)
+        code = max(code, int(broken))
+        print(f"{path}: {len(runs)} run{'s' * (len(runs) != 1)}")
+        for run in runs:
+            print("\n".join(run.report()))
+        if not broken:
+            print(verdict.VERIFIED)
+    return code
 
 
 def main(words: list[str] | None = None) -> int:
@@ -86,6 +113,8 @@ def main(words: list[str] | None = None) -> int:
         ours, given, program = split_words(words[1:])
         words = ["launch", *ours]
     options = parser().parse_args(words)
+    if options.command == "check":
+        return check_histories(options.files)
     try:
         launcher_path = launch.find_mpiexec(options.mpiexec)
         if options.command == "doctor":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from operator import index
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 
 from jd_hpc import chaos, ending, local
 from jd_hpc.errors import JobError, MasterLostError
-from jd_hpc.machine import LEAST_HEARTBEAT_S, Channel, LocalMachine, MPIMachine, as_machine, load_core
+from jd_hpc.history import History, path_of
+from jd_hpc.machine import LEAST_HEARTBEAT_S, Channel, LocalMachine, MPIMachine, as_machine, load_core, mpi_name
 from jd_hpc.plan import Hook, Plan
 from jd_hpc.signals import Interrupts
 from jd_hpc.survival import Watch
@@ -21,6 +23,11 @@ from jd_hpc.wire import MOST_ATTEMPTS
 
 logger = logging.getLogger("jd_hpc")
 
+OPTIONS = (
+    "grain", "credit", "max_attempts", "min_slaves", "local_fallback", "job_timeout_s", "isolate", "memory_limit", "heartbeat_s",
+    "liveness_timeout_s",
+)  # fmt: skip
+"""What a history tells."""
 ISOLATED_MARGIN_S = 10.0
 """With isolate the slave ends an overdue job itself; the master steps in when not even that has worked."""
 
@@ -59,6 +66,9 @@ class JobDispatcher:
         Silence after which a slave is suspected, in seconds: its jobs go to others, and it is taken on again when it is heard.
     local_fallback : bool
         False: when too few slaves are left, the run ends with SlavesLostError; the master does not do their work.
+    history : path-like, optional
+        A file to which the master adds a line for every event, for ``jd-hpc check`` (see docs/history.md). Default: the environment
+        variable JD_HPC_HISTORY; "": none.
 
     Raises
     ------
@@ -107,6 +117,7 @@ class JobDispatcher:
         heartbeat_s: float = 0.5,
         liveness_timeout_s: float = 10.0,
         local_fallback: bool = True,
+        history: str | os.PathLike[str] | None = None,
     ) -> None:
         self.grain = _number("grain", 1 if grain is None else grain, 1, 1 << 30)
         self.credit = _number("credit", 2 if credit is None else credit, 1, 1 << 10)
@@ -120,6 +131,7 @@ class JobDispatcher:
         self.heartbeat_s = _seconds("heartbeat_s", heartbeat_s, zero=True)
         self.liveness_timeout_s = _seconds("liveness_timeout_s", liveness_timeout_s)
         self.local_fallback = bool(local_fallback)
+        self.history = path_of(history)
         if 0 < self.heartbeat_s < LEAST_HEARTBEAT_S:
             raise ValueError(f"heartbeat_s = {heartbeat_s} is out of range: it is 0, or at least {LEAST_HEARTBEAT_S}")
         if self.liveness_timeout_s < 2 * self.heartbeat_s:
@@ -234,7 +246,8 @@ class JobDispatcher:
         self._set_up_logging()
         machine = self.machine
         if isinstance(machine, LocalMachine) or machine.size == 1:
-            return self._run_local()
+            with History(self.history) as history:
+                return self._run_local(history)
         core = load_core()
         channel = machine.channel()
         chaos.arm_from_environment(machine.rank, machine.size)
@@ -242,31 +255,35 @@ class JobDispatcher:
             master = core.Master(
                 channel.handle, channel.next_run(), channel.body_turn, channel.early, channel.dead, channel.missing
             )
-            with Interrupts(master):
-                return self._run_master(machine, channel, master)
+            with Interrupts(master), History(self.history) as history:
+                return self._run_master(machine, channel, master, history)
         slave = core.Slave(channel.handle, channel.next_run(), channel.body_turn)
         with Interrupts(slave):
             return self._run_slave(channel, slave)
 
-    def _run_local(self) -> Any:
+    def _run_local(self, history: History) -> Any:
         try:
             plan = self._plan()
+            plan.history = history.begin(self._options(0))
             self.on_startup()
             self.reset()
             count = local.run_jobs(plan)
+            history.counters = {"jobs": count}
             self._log("%d jobs were evaluated locally", count)
             return self.postprocess()
         finally:
             self.on_shutdown()
 
-    def _run_master(self, machine: MPIMachine, channel: Channel, master: Any) -> Any:
+    def _run_master(self, machine: MPIMachine, channel: Channel, master: Any, history: History) -> Any:
         usable = machine.size - 1 if self.max_slaves is None else min(self.max_slaves, machine.size - 1)
         alone = usable < max(1, self.min_slaves)
         self._log("run %d: %d slaves%s", master.run, usable, ", too few: the master evaluates the jobs" if alone else "")
         try:
             try:
                 plan = self._plan()
-                master.begin(plan, 0 if alone else usable)
+                slaves = 0 if alone else usable
+                plan.history = history.begin(self._options(slaves, run=master.run, mpi=mpi_name(), hosts=channel.hosts))
+                master.begin(plan, slaves)
                 self._watch(channel, master, plan)
                 machine.busy = master.busy_slaves
                 self.on_startup()
@@ -275,7 +292,7 @@ class JobDispatcher:
             finally:  # the slaves leave the run first, whatever happened
                 machine.busy = None
                 master.stop()
-                self.stats = master.counters()
+                self.stats = history.counters = master.counters()
                 if master.failed:
                     channel.note_failures()
             self._log("run %d: %s", master.run, self.stats)
@@ -316,6 +333,13 @@ class JobDispatcher:
                     ending.failed("ranks of the run failed")
         finally:
             self.on_shutdown()
+
+    def _options(self, slaves: int, **facts: Any) -> dict[str, Any]:
+        """Return what the first line of a history tells of this run."""
+        from jd_hpc import __version__
+
+        options = {name: getattr(self, name) for name in OPTIONS}
+        return {"version": __version__, "class": type(self).__qualname__, "slaves": slaves, **facts, "options": options}
 
     def _plan(self) -> Plan:
         plan = Plan(self, self._overrides)

@@ -65,6 +65,10 @@ class MasterLostError(JdError, RuntimeError):
         super().__init__("the master is gone: its connection ended. What it wrote before it died says why")
 
 
+class HistoryError(JdError, RuntimeError):
+    """A history that cannot be written, or a file that is none."""
+
+
 class SlavesLostError(JdError, RuntimeError):
     """Too few slaves are left, and the master must not do their work (``local_fallback=False``)."""
 

@@ -13,6 +13,8 @@ from jd_hpc.payload import as_rows, block_length, check_finite
 from jd_hpc.plan import Plan
 
 Attempts = list[tuple[int, str]]
+VERDICT_DELIVER = 0
+"""As in scheduler.py."""
 
 
 def run_jobs(plan: Plan) -> int:
@@ -29,8 +31,8 @@ def run_jobs(plan: Plan) -> int:
     first = 0
     try:
         while len(jobs := _next_batch(plan, first)):
-            results, failures = _evaluate(plan, evaluator, jobs)
-            attempts = _try_again(plan, evaluator, jobs, results, failures)
+            results, failures = _evaluate(plan, evaluator, jobs, first)
+            attempts = _try_again(plan, evaluator, jobs, first, results, failures)
             _deliver(plan, first, jobs, results if isinstance(results, list) else _read_only(results), failures, attempts)
             first += len(jobs)
     finally:
@@ -38,23 +40,35 @@ def run_jobs(plan: Plan) -> int:
     return first
 
 
-def _evaluate(plan: Plan, evaluator: Evaluator, jobs: Any) -> tuple[Any, dict[int, Failure]]:
+def _evaluate(plan: Plan, evaluator: Evaluator, jobs: Any, first: int) -> tuple[Any, dict[int, Failure]]:
     """Return the results of a batch, rows or objects, and what failed."""
     count = len(jobs)
+    out: Buffer | None = None
+    objects: list[Any] | None = None
     if plan.result_rows is None:
-        objects: list[Any] = [None] * count
-        return objects, Failure.of_all(evaluator.evaluate(jobs, count, None, objects))
-    out = Buffer(count * plan.result_rows.row_bytes, plan.result_rows, 0, True)
-    failures = Failure.of_all(evaluator.evaluate(jobs, count, out, None))
+        objects = [None] * count
+    else:
+        out = Buffer(count * plan.result_rows.row_bytes, plan.result_rows, 0, True)
+    if plan.history is not None:
+        plan.history.lines.sent(0, 0, first, count, 0)
+    failures = Failure.of_all(evaluator.evaluate(jobs, count, out, objects))
+    if plan.history is not None:
+        plan.history.lines.result(VERDICT_DELIVER, 0, 0, first, count, 0)
+    if out is None:
+        return objects, failures
     return out.rows.copy() if out.kept() else out.rows, failures
 
 
-def _try_again(plan: Plan, evaluator: Evaluator, jobs: Any, results: Any, failures: dict[int, Failure]) -> dict[int, Attempts]:
+def _try_again(
+    plan: Plan, evaluator: Evaluator, jobs: Any, first: int, results: Any, failures: dict[int, Failure]
+) -> dict[int, Attempts]:
     """Run once more, one by one, what killed the process that ran it (isolate). Returns how every attempt of these ended."""
     attempts: dict[int, Attempts] = {at: [(0, failure.died)] for at, failure in failures.items() if failure.died is not None}
     for at, history in attempts.items():
         while len(history) < plan.max_attempts:
-            result, failed = _evaluate(plan, evaluator, jobs[at : at + 1])
+            if plan.history is not None:
+                plan.history.event("again", index=first + at, slave=0, strikes=len(history), how=history[-1][1])
+            result, failed = _evaluate(plan, evaluator, jobs[at : at + 1], first + at)
             del failures[at]
             if not failed:
                 results[at] = result[0]
@@ -102,12 +116,24 @@ def _deliver(plan: Plan, first: int, jobs: Any, results: Any, failures: dict[int
     if plan.process_results is not None and len(failures) < len(jobs):
         good = [at for at in range(len(jobs)) if at not in failures]
         indices = _read_only(first + np.array(good, "i8"))
+        for at in good:
+            _note_delivery(plan, first + at)
         plan.process_results(indices, _pick(jobs, good), _pick(results, good))
     for at in range(len(jobs)):
         if at in failures:
-            plan.process_failure(first + at, jobs[at], JobError(first + at, 0, failures[at], attempts.get(at, ())))
+            error = JobError(first + at, 0, failures[at], attempts.get(at, ()))
+            if plan.history is not None:
+                facts = {"error": error.type_name, "died": failures[at].died, "attempts": error.attempts}
+                plan.history.event("failed", index=first + at, slave=0, **facts)
+            plan.process_failure(first + at, jobs[at], error)
         elif plan.process_results is None:
+            _note_delivery(plan, first + at)
             plan.process_result(first + at, jobs[at], results[at])
+
+
+def _note_delivery(plan: Plan, index: int) -> None:
+    if plan.history is not None:
+        plan.history.lines.delivered(index, 1)
 
 
 def _pick(batch: Any, good: list[int]) -> Any:

@@ -323,17 +323,24 @@ def load_core() -> Any:
     """
     from mpi4py import MPI
 
-    vendor, version = MPI.get_vendor()
-    family = FAMILIES.get(vendor, "mpich")
+    family = FAMILIES.get(MPI.get_vendor()[0], "mpich")
     try:
         return importlib.import_module(f"jd_hpc._core_{family}")
     except ImportError as error:
         raise FamilyError(
-            f"mpi4py runs on {vendor} {'.'.join(map(str, version))} (family {family}), but jd_hpc has {_cores()} in this "
+            f"mpi4py runs on {mpi_name()} (family {family}), but jd_hpc has {_cores()} in this "
             f"environment ({error}). Cure: build jd_hpc with that MPI's mpicc, "
             f"MPICC=/path/to/mpicc pip install --force-reinstall --no-deps --no-cache-dir jd_hpc; "
             f"or use the environment of the other family: one environment holds one MPI."
         ) from error
+
+
+def mpi_name() -> str:
+    """Return the name and version of mpi4py's MPI, such as "Open MPI 5.0.11"."""
+    from mpi4py import MPI
+
+    vendor, version = MPI.get_vendor()
+    return f"{vendor} {'.'.join(map(str, version))}"
 
 
 def _cores() -> str:

@@ -13,6 +13,7 @@ from jd_hpc.wire import PROTOCOL
 
 if TYPE_CHECKING:
     from jd_hpc.dispatcher import JobDispatcher
+    from jd_hpc.history import History
 
 Hook = Callable[..., Any]
 
@@ -77,6 +78,7 @@ class Plan:
         self.on_slave_failed = own("on_slave_failed")
         self.on_job_sent = own("on_job_sent")
         self.on_result = own("on_result")
+        self.history: History | None = None  # the master's, where there is one
         self.kernel = self._kernel(dispatcher.kernel)
         self.read_ahead = self._read_ahead()
 

@@ -74,10 +74,10 @@ class Outcome:
 class Simulation:
     """One run."""
 
-    def __init__(self, module: ModuleType, scenario: Scenario) -> None:
+    def __init__(self, module: ModuleType, scenario: Scenario, books: type[Books] = Books) -> None:
         self.scenario, self.random = scenario, random.Random(scenario.seed)
         self.uniform = self.random.random
-        self.books = Books(module, scenario, max(1, scenario.slaves * scenario.credit) + scenario.read_ahead)
+        self.books = books(module, scenario, max(1, scenario.slaves * scenario.credit) + scenario.read_ahead)
         self.books.where = lambda: f"(at {self.now:.3f} s, event {self.out.events})"
         self.driver = Driver(self.books, self.sends, lambda action, *args: self.at(self.now + self.some(0.5), action, *args))
         self.slaves = [Slave(number) for number in range(scenario.slaves + 1)]
