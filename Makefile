@@ -1,4 +1,4 @@
-# make demo | test | soak | lint | bench | wheel | clean | distclean          MPI=openmpi (the default) or MPI=mpich
+# make demo | test | soak | chaos | lint | bench | wheel | clean | distclean          MPI=openmpi (the default) or MPI=mpich
 #
 # Nothing need be there but make, a C compiler and a Python >= 3.11 with its headers (PYTHON=... names another one).
 # The MPI comes as a wheel into an environment of its own: .venv for the default family, .venv-<family> for the other.
@@ -32,7 +32,7 @@ endif
 # What an environment is made from. A change of any of these installs anew; pure Python needs no new install.
 SOURCES := pyproject.toml setup.py jd_hpc/scheduler.py $(wildcard jd_hpc/*.pyx jd_hpc/*.pxd jd_hpc/*.pxi)
 
-.PHONY: demo test soak lint bench wheel clean distclean
+.PHONY: demo test soak chaos lint bench wheel clean distclean
 .DELETE_ON_ERROR:
 
 # dev contains example.
@@ -45,6 +45,10 @@ test: $(VENV)/.made-dev
 # A million random schedules with faults. SOAK="--seed 17 --count 1" replays one.
 soak: $(VENV)/.made-dev
 	$(BIN)/python tests/sim/soak.py $(SOAK)
+
+# 500 runs in which ranks meet a fault. CHAOS="--runs 20 --seed 7 --only kill,stop" chooses.
+chaos: $(VENV)/.made-dev
+	$(BIN)/python tests/launch/chaos_runs.py $(CHAOS)
 
 lint: $(VENV)/.made-dev
 	$(BIN)/ruff check .

@@ -112,12 +112,16 @@ cdef int64_t coarse_ns() noexcept nogil:
     return <int64_t> now.tv_sec * 1_000_000_000 + now.tv_nsec
 
 
-cdef int raise_mpi_error(int code) except -1:
+cdef str mpi_error_text(int code):
     cdef char text[MPI_MAX_ERROR_STRING + 1]
     cdef int length = 0
     memset(text, 0, sizeof(text))
     MPI_Error_string(code, text, &length)  # its own failure leaves an empty text
-    raise MPIError("MPI reports error %d: %s" % (code, text[:length].decode("utf-8", "replace")))
+    return text[:length].decode("utf-8", "replace")
+
+
+cdef int raise_mpi_error(int code) except -1:
+    raise MPIError(f"MPI reports error {code}: {mpi_error_text(code)}")
 
 
 # Final methods are called without a detour through the table of methods, and the small ones are inlined.
@@ -238,7 +242,7 @@ cdef class Link:
         code = MPI_Test(&self.receives[i], &flag, &self.status)
         if self.is_too_long(code):
             return self.sweep(code, i)
-        if self.tolerate(code):
+        if self.tolerate(code, self.source):
             return -1
         if flag:
             self.order_head = 0 if self.order_head + 1 == self.posted else self.order_head + 1
@@ -249,7 +253,7 @@ cdef class Link:
             return -1
         i = MPI_UNDEFINED
         code = MPI_Testany(self.posted, self.receives, &i, &flag, &self.status)
-        if not self.is_too_long(code) and (self.tolerate(code) or not flag):
+        if not self.is_too_long(code) and (self.tolerate(code, self.source) or not flag):
             return -1
         return -1 if i == MPI_UNDEFINED else self.sweep(code, i)
 
@@ -348,7 +352,7 @@ cdef class Link:
         for i in range(self.body_count):
             if self.bodies[i].broken:
                 continue
-            if self.tolerate(MPI_Test(&self.bodies[i].request, &flag, MPI_STATUS_IGNORE)):
+            if self.tolerate(MPI_Test(&self.bodies[i].request, &flag, MPI_STATUS_IGNORE), self.bodies[i].source):
                 self.bodies[i].broken = True
             elif flag:
                 return i
@@ -375,24 +379,24 @@ cdef class Link:
         out.dest = dest
         if header.body_bytes <= INLINE_BYTES:
             if self.tolerate(MPI_Isend(out.data, HEADER_BYTES + <int> header.body_bytes, MPI_BYTE, dest, TAG_MESSAGE, self.comm,
-                                       &out.head)):
+                                       &out.head), dest):
                 out.head = MPI_REQUEST_NULL
             return 0
         header.body_tag = TAG_BODY + self.body_turn[dest] % TAG_BODY_COUNT
         self.body_turn[dest] += 1
-        if self.tolerate(MPI_Isend(out.data, HEADER_BYTES, MPI_BYTE, dest, TAG_MESSAGE, self.comm, &out.head)):
+        if self.tolerate(MPI_Isend(out.data, HEADER_BYTES, MPI_BYTE, dest, TAG_MESSAGE, self.comm, &out.head), dest):
             out.head = MPI_REQUEST_NULL
-        elif self.tolerate(self.transfer(out.data + HEADER_BYTES, header.body_bytes, dest, header.body_tag, &out.body, True)):
+        elif self.tolerate(self.transfer(out.data + HEADER_BYTES, header.body_bytes, dest, header.body_tag, &out.body, True), dest):
             out.body = MPI_REQUEST_NULL
         return 0
 
     @cython.final
     cdef bint is_sent(self, Outgoing *out) except -1 nogil:
         cdef int flag = 1
-        if out.head != MPI_REQUEST_NULL and self.tolerate(MPI_Test(&out.head, &flag, MPI_STATUS_IGNORE)):
+        if out.head != MPI_REQUEST_NULL and self.tolerate(MPI_Test(&out.head, &flag, MPI_STATUS_IGNORE), out.dest):
             out.head = MPI_REQUEST_NULL
             flag = 1
-        if flag and out.body != MPI_REQUEST_NULL and self.tolerate(MPI_Test(&out.body, &flag, MPI_STATUS_IGNORE)):
+        if flag and out.body != MPI_REQUEST_NULL and self.tolerate(MPI_Test(&out.body, &flag, MPI_STATUS_IGNORE), out.dest):
             out.body = MPI_REQUEST_NULL
             flag = 1
         return flag != 0
@@ -453,14 +457,17 @@ cdef class Link:
         return 0
 
     @cython.final
-    cdef int tolerate(self, int code) except -1 nogil:
-        """The gate for codes that may tell of a failed rank: 0 is success, 1 such an error; any other one is raised."""
+    cdef int tolerate(self, int code, int other) except -1 nogil:
+        """The gate for codes that may tell of a failed rank: 0 is success, 1 such an error; any other one is raised.
+
+        `other` is the rank that the call was about, MPI_ANY_SOURCE if nobody knows.
+        """
         if code == MPI_SUCCESS:
             return 0
         with gil:
-            return self.on_mpi_error(code)
+            return self.on_mpi_error(code, other)
 
-    cdef int on_mpi_error(self, int code) except -1:
+    cdef int on_mpi_error(self, int code, int other) except -1:
         raise_mpi_error(code)
         return -1
 
@@ -503,7 +510,7 @@ cdef class Link:
             if self.receives[i] == MPI_REQUEST_NULL:
                 continue
             check(MPI_Cancel(&self.receives[i]))
-            if self.tolerate(MPI_Wait(&self.receives[i], &self.status)):
+            if self.tolerate(MPI_Wait(&self.receives[i], &self.status), self.source):
                 continue
             check(MPI_Test_cancelled(&self.status, &cancelled))
             if not cancelled:

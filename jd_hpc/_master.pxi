@@ -25,6 +25,7 @@ cdef class Master(Deliverer):
         self.dead, self.missing = dead, missing
         self.histories = {}
         self.again = deque()
+        self.broken_off = []
         self.early_in = early[:]
         early.clear()
         self.early = early  # the channel's list: what comes early in this run is there for the next one, however this one ends

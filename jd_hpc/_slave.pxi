@@ -82,7 +82,7 @@ cdef class Slave(Link):
             raise MasterLostError()
         return 0
 
-    cdef int on_mpi_error(self, int code) except -1:
+    cdef int on_mpi_error(self, int code, int other) except -1:
         cdef int kind = 0
         check(MPI_Error_class(code, &kind))
         if kind in FAILED_CLASSES:

@@ -10,6 +10,7 @@ cdef class Survivor(JobSender):
     cdef object again                   # (index, job, strikes, history) of jobs that go out one by one
     cdef int again_count
     cdef bint mpi_failed                # an MPI call told of a rank that failed
+    cdef list broken_off                # (rank, why): what was on its way between us will never be complete
     cdef bint attention                 # there are parcels, or a failure
     cdef object failure                 # raised by run_jobs
     cdef bint stopping
@@ -59,6 +60,9 @@ cdef class Survivor(JobSender):
                 for rank in self.acknowledge():
                     self.lose(rank, "MPI reports that the process failed")
                 self.renew_receives()
+            while self.broken_off:
+                rank, why = self.broken_off.pop()
+                self.lose(rank, f"a message broke off: MPI reports {why}")
             for slave, what, how in self.watch.tick(now * 1e-9):
                 if what == "gone":
                     self.lose(slave, how)
@@ -96,13 +100,17 @@ cdef class Survivor(JobSender):
         """A message that the master has yet to deal with."""
         return 0
 
-    cdef int on_mpi_error(self, int code) except -1:
-        """An error that tells of a failed rank is the watch's business; any other one is raised."""
+    cdef int on_mpi_error(self, int code, int other) except -1:
+        """An error that tells of a failed rank is the watch's business. One of a message to or from a slave costs that slave: MPICH
+        knows no other way to say that it died while its memory was being read."""
         cdef int kind = 0
         check(MPI_Error_class(code, &kind))
-        if self.acknowledge is None or kind not in FAILED_CLASSES:
+        if self.watch is None or (kind not in FAILED_CLASSES and other < 1):
             raise_mpi_error(code)
-        self.mpi_failed = True
+        if kind in FAILED_CLASSES:
+            self.mpi_failed = True
+        else:
+            self.broken_off.append((other, mpi_error_text(code)))
         return 1
 
     # ---- slaves go -----------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from jd_hpc.errors import ChaosError
+
 VARIABLE = "JD_HPC_CHAOS"
 """The environment variable by which ``python -m jd_hpc --chaos`` tells the ranks."""
 FOR_EVER_S = 3600
@@ -29,6 +31,16 @@ def _kill() -> None:
 def _segv() -> None:
     signal.signal(signal.SIGSEGV, signal.SIG_DFL)
     ctypes.string_at(0)
+
+
+def _raise() -> None:
+    raise ChaosError
+
+
+def _raise_in_main_thread() -> None:
+    """Have the main thread raise it, in the Python code that it runs next."""
+    main = ctypes.c_ulong(threading.main_thread().ident or 0)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(main, ctypes.py_object(ChaosError))
 
 
 def _stop(pause_s: float) -> None:
@@ -59,6 +71,7 @@ KINDS: dict[str, Callable[[float], object]] = {
     "segv": lambda pause_s: _segv(),
     "exit0": lambda pause_s: os._exit(0),
     "exit3": lambda pause_s: os._exit(3),
+    "raise": lambda pause_s: _raise(),
     "stop": _stop,
     "freeze": lambda pause_s: os.kill(os.getpid(), signal.SIGSTOP),
     "hang": lambda pause_s: _hold(FOR_EVER_S),
@@ -66,7 +79,8 @@ KINDS: dict[str, Callable[[float], object]] = {
     "compute": _compute,
     "eat": lambda pause_s: _eat(),
 }
-"""What can be done to a process. ``stop``, ``hold`` and ``compute`` end after a pause; ``eat`` wants a memory limit."""
+"""What can be done to a process. ``stop``, ``hold`` and ``compute`` end after a pause; ``eat`` wants a memory limit; ``raise`` is
+an exception that nobody expects: by ``--chaos`` it comes in whatever Python code the main thread runs next, mostly a job."""
 
 
 def strike(kind: str, pause_s: float = 3.0) -> None:
@@ -76,6 +90,8 @@ def strike(kind: str, pause_s: float = 3.0) -> None:
     ------
     ValueError
         If there is no such kind.
+    ChaosError
+        That is the fault called ``raise``.
     """
     if kind not in KINDS:
         raise ValueError(f"no fault {kind!r}: it is one of {', '.join(KINDS)}")
@@ -138,7 +154,10 @@ class Chaos(NamedTuple):
     def _meet(self, rank: int, kind: str, after_s: float) -> None:
         time.sleep(after_s)
         print(f"jd_hpc chaos: {kind} of rank {rank} after {after_s:.2f} s", file=sys.stderr, flush=True)
-        strike(kind, self.pause_s)
+        if kind == "raise":
+            _raise_in_main_thread()  # here it would harm nobody
+        else:
+            strike(kind, self.pause_s)
 
 
 _armed = False

@@ -104,7 +104,8 @@ def leave(code: int) -> NoReturn:
     _flush()
     mpi = _live_mpi()
     if mpi is None:
-        supervisor.say_in_order()
+        if code == 0 or _is_finalized():  # else the others wait for this rank in MPI_Init
+            supervisor.say_in_order()
     elif mpi.COMM_WORLD.Get_rank() == 0 and mpi.COMM_WORLD.Get_size() > 1:
         _abort(mpi, code)
     else:
@@ -145,6 +146,11 @@ def _live_mpi() -> Any:
     return mpi if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() else None
 
 
+def _is_finalized() -> bool:
+    mpi = sys.modules.get("mpi4py.MPI")
+    return mpi is not None and mpi.Is_finalized()
+
+
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
         with contextlib.suppress(Exception):
@@ -181,7 +187,7 @@ def before_end(part: Callable[[], object]) -> None:
 def _at_exit() -> None:
     while _Ending.why is None and _live_mpi() is not None and _Ending.parts:
         _Ending.parts.pop()()
-    if _Ending.why is None or _live_mpi() is None:
+    if _Ending.why is None or _is_finalized():
         supervisor.say_in_order()
     elif _Ending.pid == os.getpid():
         leave(_code_of_script())

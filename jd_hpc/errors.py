@@ -88,6 +88,13 @@ class BeatError(JdError, OSError):
     """The connection by which the master knows that a slave is alive cannot be opened."""
 
 
+class ChaosError(JdError):
+    """Raised on demand (see `jd_hpc.chaos`)."""
+
+    def __init__(self) -> None:
+        super().__init__("an exception on demand, from jd_hpc.chaos: nothing else is wrong")
+
+
 REPORT_PART_BYTES = 1 << 20
 """A report of a failure is cut where it is longer: it must reach the master whatever the exception carries."""
 

@@ -27,6 +27,8 @@ KILL_WAIT_S = 5.0
 """A killed child that is not gone by then hangs in the kernel, and is left to it."""
 START_WAIT_S = 30.0
 """A child that takes no batch for so long hangs in the fork: of what the rank has loaded, something does not bear it."""
+TAKE_WAIT_S = 1.0
+"""One that has run jobs before may take so long, or job_timeout_s if that is more: else something hangs that a job has left."""
 MOST_STARTS = 3
 """So many children in a row that take no batch, and there will be no other."""
 LOOK_S = 0.01
@@ -165,6 +167,7 @@ class IsolatedEvaluator(Evaluator):
         if self._job_timeout_s is not None:
             limit_s = self._job_timeout_s * (count if self._is_block else 1)
         poll, most_ms = self._poll(shared, limit_s)
+        take_s = START_WAIT_S if limit_s is None or self._starts else max(limit_s, TAKE_WAIT_S)
         running, since_s = shared.running.get(), time.monotonic()
         while True:
             for fd, _ in poll.poll(most_ms):
@@ -177,7 +180,7 @@ class IsolatedEvaluator(Evaluator):
                 return how
             if shared.running.get() != running:
                 running, since_s = shared.running.get(), time.monotonic()
-            elif running < 0 and time.monotonic() - since_s > START_WAIT_S:
+            elif running < 0 and time.monotonic() - since_s > take_s:
                 return "did not begin"
             elif running >= 0 and limit_s is not None and time.monotonic() - since_s > limit_s:
                 return self._overran(shared, running, count)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jd_hpc import ending
+from jd_hpc import ending, supervisor
 from jd_hpc.beats import Connection, Listener
 from jd_hpc.errors import FamilyError, LaunchError
 
@@ -156,6 +156,7 @@ class Channel:
         self.connection: Connection | None = None
         self._connect()
         _channels.add(self)
+        supervisor.say_joined()
 
     def _connect(self) -> None:
         """Open the side channel: collective. Without one a run goes on all the same, but nobody hears who is gone."""

@@ -8,7 +8,9 @@ The rules it keeps:
    Where the launcher was told to bear that, nobody lingers; but when rank 0 dies its supervisor ends the run.
 3. Nobody outlives anybody for long: the rank dies with its supervisor (PDEATHSIG), the supervisor looks after its launcher and,
    while it lingers, after rank 0's supervisor.
-4. The rank is a process like any other: same group, same terminal, same stdin. The supervisor never reads, prints or imports MPI.
+4. All this is for ranks that can be spared: those that are part of a dispatcher's run. One that dies before that takes the run with
+   it, as it would without us, since the others wait for it in MPI_Init, or in the set-up of the run.
+5. The rank is a process like any other: same group, same terminal, same stdin. The supervisor never reads, prints or imports MPI.
 """
 
 from __future__ import annotations
@@ -38,12 +40,14 @@ HYDRA = "hydra_pmi_proxy"
 """Names of the processes that start ranks, as the kernel knows them (15 characters)."""
 WATCH_S = 3.0
 """How long a launcher may take to end after rank 0 has left a run that failed."""
+COURTESY_S = 1.0
+"""How long the others may still write, when a rank that cannot be spared has died."""
 MERCY_S = 5.0
 """After the launcher is gone the rank gets TERM, and after this time KILL."""
 
 _PR_SET_PDEATHSIG = 1
 _SI_KERNEL = 0x80  # the terminal's own signals: the whole foreground group has them already
-_IN_ORDER, _ABORTS = b".", b"!"
+_JOINED, _IN_ORDER, _ABORTS = b"+", b".", b"!"
 
 
 class _Rank:
@@ -51,6 +55,7 @@ class _Rank:
 
     notice_fd: int | None = None
     pid: int | None = None
+    has_joined = False
 
 
 def rank_of(environ: dict[str, str]) -> int | None:
@@ -108,21 +113,34 @@ def supervise() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
+def say_joined() -> None:
+    """Tell the supervisor that the others can go on without this rank from now on."""
+    if not _Rank.has_joined:
+        _Rank.has_joined = True
+        _say(_JOINED)
+
+
 def say_in_order() -> None:
     """Tell the supervisor that this rank ends in order: it finalizes MPI, or has none to finalize. Otherwise it died."""
     _say(_IN_ORDER)
+    _say_no_more()
 
 
 def say_aborts() -> None:
     """Tell the supervisor that this rank calls MPI_Abort now, so that the launcher will end the run."""
     _say(_ABORTS)
+    _say_no_more()
 
 
 def _say(word: bytes) -> None:
     if _Rank.notice_fd is not None and _Rank.pid == os.getpid():
         with contextlib.suppress(OSError):
             os.write(_Rank.notice_fd, word)
-            os.close(_Rank.notice_fd)
+
+
+def _say_no_more() -> None:
+    if _Rank.notice_fd is not None and _Rank.pid == os.getpid():
+        os.close(_Rank.notice_fd)
         _Rank.notice_fd = None
 
 
@@ -140,28 +158,42 @@ def _do_nothing(number: int, frame: object) -> None:
 
 def _supervise(child: int, rank: int, launcher: int, read_fd: int) -> NoReturn:
     """Spend the supervisor's life. Whatever goes wrong in here must not look like a death to the launcher."""
-    code = 1
+    code = 0 if rank else 1
     try:
         _put_handlers(child)
+        rank_0 = _pidfd_of_rank_0(launcher) if rank else None
         died_by = _wait(child, launcher)
-        code = died_by if died_by >= 0 else 128 - died_by
-        word = _last_word(read_fd)
+        words = _words(read_fd)
         flags_are_default = os.environ.get(LINGER_VARIABLE, "1") != "0"
-        if died_by >= 0 and word == _IN_ORDER:
+        if rank == 0:
+            code = died_by if died_by >= 0 else 128 - died_by
+        if died_by >= 0 and _IN_ORDER in words:
             pass
-        elif rank > 0 and flags_are_default:
-            _linger(launcher)
-        elif rank == 0 and not flags_are_default:
-            _end_run(launcher, code, aborts=word == _ABORTS)
+        elif rank > 0 and _JOINED in words:
+            if flags_are_default:
+                _linger(launcher, rank_0)
+        elif rank > 0 and _ends_soon(rank_0):
+            pass
+        else:
+            code = code if rank == 0 else 1
+            _end_run(launcher, code, _ABORTS in words, flags_are_default)
     finally:
-        os._exit(code if rank == 0 else 0)
+        os._exit(code)
 
 
-def _last_word(read_fd: int) -> bytes:
-    """Return what the rank said of its end, if anything."""
+def _ends_soon(rank_0: int | None) -> bool:
+    """Give the others a moment to write down what they have. Tell whether rank 0 is gone: then its supervisor ends the run."""
+    if rank_0 is None:
+        time.sleep(COURTESY_S)
+        return False
+    return bool(select.select([rank_0], [], [], COURTESY_S)[0])
+
+
+def _words(read_fd: int) -> bytes:
+    """Return what the rank said."""
     os.set_blocking(read_fd, False)
     try:
-        return os.read(read_fd, 1)
+        return os.read(read_fd, 8)
     except BlockingIOError:  # a process that the rank forked holds the other end open
         return b""
 
@@ -198,23 +230,27 @@ def _wait(child: int, launcher: int) -> int:
                 os.kill(child, signal.SIGKILL)
 
 
-def _linger(launcher: int) -> None:
+def _linger(launcher: int, rank_0: int | None) -> None:
     """Stay until the launcher ends the run, or is gone, or rank 0's supervisor (where it is on this node) is gone."""
-    pidfd = _pidfd_of_rank_0(launcher)
     while os.getppid() == launcher:
-        if pidfd is not None and select.select([pidfd], [], [], 0)[0]:
+        if rank_0 is not None and select.select([rank_0], [], [], 0)[0]:
             return
         told = signal.sigtimedwait({*PASSED_ON, signal.SIGUSR1, signal.SIGCHLD}, LOOK_EVERY_S)
         if told is not None and told.si_signo in PASSED_ON:
             return
 
 
-def _end_run(launcher: int, code: int, aborts: bool) -> None:
-    """Rank 0 is gone, and the launcher was told not to mind: without this the slaves could wait for ever."""
+def _end_run(launcher: int, code: int, aborts: bool, flags_are_default: bool) -> None:
+    """A rank is gone that cannot be spared, and the launcher was told not to mind: without this the others could wait for ever.
+
+    Hydra does not mind anyway, if the rank had not come to MPI_Init.
+    """
     with contextlib.suppress(OSError, ValueError):
         name = Path(f"/proc/{launcher}/comm").read_text().strip()
         if name == HYDRA and "PMI_FD" in os.environ and not aborts:  # TERM leaves it cold; this is how MPI_Abort speaks to it
             os.write(int(os.environ["PMI_FD"]), f"cmd=abort exitcode={code}\n".encode())
+        elif flags_are_default:
+            return
         elif name in LAUNCHERS and not aborts:
             os.kill(launcher, signal.SIGTERM)
         elif name in LAUNCHERS:

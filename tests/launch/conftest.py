@@ -2,48 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from launch_helpers import UNDER_MPIEXEC, WRONG_WAYS, Launch
+from launch_helpers import UNDER_MPIEXEC, WRONG_WAYS, launches
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if UNDER_MPIEXEC and Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.skip(reason="starts its own mpiexec: run it with plain pytest"))
-
-
-@contextlib.contextmanager
-def launches():
-    """Give a function that starts a script: `launch(size, script, *arguments, **environment)`. Of it nothing remains.
-
-    `kind` is the class of launch, which tells how the script is started.
-    """
-    started = []
-
-    def start(size, script, *arguments, kind=Launch, **settings):
-        # Not below pytest's own folder: the names of sockets must be short.
-        folder = Path(tempfile.mkdtemp(prefix="jd_hpc_", dir="/tmp"))
-        started.append(kind(folder, size, script, *arguments, **settings))
-        return started[-1]
-
-    yield start
-    for one in started:
-        one.kill()
-    left = [
-        str(path.relative_to(one.folder))
-        for one in started
-        for path in one.folder.rglob("*")
-        if one.size and one.process.returncode == 0 and not path.name.startswith(("shm.", "note."))
-    ]
-    for one in started:
-        shutil.rmtree(one.folder)
-    assert not left, f"{left} remain of MPI's temporary files"
 
 
 @pytest.fixture

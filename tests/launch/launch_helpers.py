@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -61,12 +62,15 @@ WRONG_WAYS = {
 
 
 class Ended(NamedTuple):
-    """What became of a launch."""
+    """What became of a launch. What it left behind is no more."""
 
     code: int
     out: str
     err: str
     seconds: float
+    hangs: bool = False
+    left_processes: tuple[int, ...] = ()
+    left_files: tuple[Path, ...] = ()
 
 
 class Launch:
@@ -75,7 +79,6 @@ class Launch:
     def __init__(self, folder: Path, size: int, script: str, *arguments: object, **settings: str) -> None:
         self.mark = uuid.uuid4().hex
         self.folder, self.size = folder, size
-        self.left_files: list[Path] = []
         command = self.command(str(SCRIPTS / script), *map(str, arguments))
         env = environment(**{MARK: self.mark, "TMPDIR": str(folder), **settings})
         self.begin = time.monotonic()
@@ -102,27 +105,36 @@ class Launch:
     def wait(self, timeout_s: float = 30.0) -> Ended:
         """Wait for the end; one that does not come within the time fails the test. No process may remain.
 
-        Nor may any shared memory, if all went well: ranks that mpiexec killed because another one failed leave some, whatever
+        Nor may any file of the MPI's, if all went well: ranks that mpiexec killed because another one failed leave some, whatever
         they ran. So does an Open MPI that no mpiexec started.
         """
+        ended = self.finish(timeout_s)
+        assert not ended.hangs, f"still running after {timeout_s} s\nstdout:\n{ended.out}\nstderr:\n{ended.err}"
+        assert not ended.left_processes, f"processes {ended.left_processes} outlived mpiexec"
+        if self.size and ended.code == 0:
+            assert not ended.left_files, f"{ended.left_files} remain"
+        return ended
+
+    def finish(self, timeout_s: float) -> Ended:
+        """Wait for the end, or make one, and clear away what is left."""
         try:
             out, err = self.process.communicate(timeout=timeout_s)
+            hangs = False
         except subprocess.TimeoutExpired:
             self.kill()
             out, err = self.process.communicate()
-            raise AssertionError(f"still running after {timeout_s} s\nstdout:\n{out}\nstderr:\n{err}") from None
+            hangs = True
         seconds = time.monotonic() - self.begin
         end = time.monotonic() + 5
         while (left := self.pids()) and time.monotonic() < end:
             time.sleep(0.05)
         self.kill()
-        assert not left, f"processes {left} outlived mpiexec"
-        self.left_files = [path for path in self.shared_memory() if path.exists()]
-        for path in self.left_files:
+        left_files = [path for path in self.shared_memory() if path.exists()]
+        for path in left_files:
             path.unlink()
-        if self.size and self.process.returncode == 0:
-            assert not self.left_files, f"{self.left_files} remain in shared memory"
-        return Ended(self.process.returncode, out, err, seconds)
+        if self.size and self.process.returncode == 0:  # an mpiexec that failed may leave some
+            left_files += self.temporary_files()
+        return Ended(self.process.returncode, out, err, seconds, hangs, tuple(left), tuple(left_files))
 
     def shared_memory(self) -> set[Path]:
         """Return the files in /dev/shm that the script's ranks had mapped (see scripts/script_helpers.py)."""
@@ -138,6 +150,10 @@ class Launch:
                 raise AssertionError(f"no file {name}\nstdout:\n{out}\nstderr:\n{err}")
             time.sleep(0.01)
         return path.read_text()
+
+    def temporary_files(self) -> list[Path]:
+        """Return what the MPI has left in its folder, other than what scripts note there."""
+        return [path for path in self.folder.rglob("*") if not path.name.startswith(("shm.", "note."))]
 
     def kill(self) -> None:
         for pid in self.pids():
@@ -157,3 +173,25 @@ class Launched(Launch):
 
     def command(self, *words):
         return [sys.executable, "-m", "jd_hpc.cli", "launch", "-n", str(self.size), *words]
+
+
+@contextlib.contextmanager
+def launches():
+    """Give a function that starts a script: `launch(size, script, *arguments, **environment)`. Of it nothing remains.
+
+    `kind` is the class of launch, which tells how the script is started.
+    """
+    started = []
+
+    def start(size, script, *arguments, kind=Launch, **settings):
+        # Not below pytest's own folder: the names of sockets must be short.
+        folder = Path(tempfile.mkdtemp(prefix="jd_hpc_", dir="/tmp"))
+        started.append(kind(folder, size, script, *arguments, **settings))
+        return started[-1]
+
+    try:
+        yield start
+    finally:
+        for one in started:
+            one.kill()
+            shutil.rmtree(one.folder)

@@ -1,88 +1,70 @@
-"""One slave, or more, meets a fault at the worst moment: every job ends once all the same, and nothing is left behind."""
+"""Slaves meet faults at the worst moments: a sample of what `make chaos` runs, with the same checks."""
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import pytest
-from launch_helpers import Launched, Supervised
+from chaos_cases import KINDS, MOMENTS, Case, check, draw, matrix, run
 
-RANKS = 4
-LIMIT_S = 60.0
-NOTICE_S = 0.05
-"""What a death may take to be noticed, where the system tells of it and the master is not in a hook."""
-SILENCE_S = 1.0 + 0.1
-"""liveness_timeout_s and a beat, as in chaos_target.py; the job's deadline there is as long."""
-SLACK_S = 5.0  # three launches at a time on a machine that may be busy with others too
-
-DEATHS = [
-    *(("kill", moment) for moment in ("first", "idle", "computing", "big_job", "big_result", "end")),
-    ("segv", "first"), ("segv", "computing"), ("exit0", "idle"), ("exit0", "big_result"), ("exit3", "big_job"), ("exit3", "end"),
+SAMPLE = [
+    # every kind while jobs are computed, every moment with the plainest death; the rest is a choice of what differs
+    *(f"{kind}:computing:plain:1:launch" for kind in KINDS if kind != "kill"),
+    *(f"kill:{moment}:plain:1:launch" for moment in MOMENTS),
+    *(f"{kind}:computing:isolate:1:launch" for kind in ("kill", "segv", "exit3", "raise", "stop", "hang", "eat")),
+    *(f"kill:{moment}:plain:1:mpiexec" for moment in ("computing", "big_job", "end")),
+    "exit0:idle:plain:1:launch", "exit0:big_result:plain:1:launch", "exit3:big_job:plain:1:launch", "exit3:end:plain:1:launch",
+    "stop:big_result:plain:1:launch", "freeze:idle:plain:2:launch",
+    "raise:first:plain:1:launch", "raise:idle:plain:1:launch", "raise:big_result:plain:2:launch", "raise:end:plain:1:launch",
+    "raise:thread:plain:1:launch", "raise:after:plain:1:launch", "raise:before:plain:1:launch", "kill:before:plain:1:mpiexec",
+    "kill:first:isolate:2:launch", "kill:big_result:isolate:1:launch", "hang:big_job:isolate:1:launch",
+    "kill:idle:isolate:1:launch", "kill:computing:plain:2:launch", "kill:computing:plain:3:launch",
+    "kill:big_result:plain:3:launch", "kill:poison:plain:0:launch", "segv:poison:isolate:0:launch",
 ]  # fmt: skip
-SILENCES = [
-    ("stop", "computing"), ("stop", "big_result"), ("freeze", "idle"), ("freeze", "computing"), ("hang", "computing"),
-    ("hold", "computing"), ("compute", "computing"),
-]  # fmt: skip
-ISOLATED = [(kind, "computing") for kind in ("kill", "segv", "exit0", "exit3", "eat", "hang")]
-CASES = [
-    *((Launched, kind, moment, "plain", 1) for kind, moment in [*DEATHS, *SILENCES]),
-    *((Supervised, "kill", moment, "plain", 1) for moment in ("computing", "big_job", "end")),
-    *((Launched, kind, moment, "isolate", 1) for kind, moment in ISOLATED),
-    (Launched, "kill", "computing", "plain", 2),
-    (Launched, "kill", "computing", "plain", 3),
-    (Launched, "kill", "poison", "plain", 0),
-    (Launched, "segv", "poison", "isolate", 0),
-]
 
 
 @pytest.fixture(scope="module")
-def seen(launching):
-    """What the master of each case saw, and how it ended. Most of the time a launch waits: three at a time."""
-
-    def end(case):
-        way, *arguments = case
-        with launching() as start:
-            ended = start(RANKS, "chaos_target.py", *arguments, kind=way).wait(LIMIT_S)
-        lines = [line for line in ended.out.splitlines() if line.startswith("seen ")]
-        return ended, json.loads(lines[0].removeprefix("seen ")) if lines else None
-
+def seen():
+    """What came of each case. Most of the time a launch waits: three at a time."""
     with ThreadPoolExecutor(3) as pool:
-        return dict(zip(CASES, pool.map(end, CASES), strict=True))
+        return dict(zip(SAMPLE, pool.map(run, map(Case.parse, SAMPLE)), strict=True))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].__name__}-{'-'.join(map(str, case[1:]))}")
+@pytest.mark.parametrize("case", SAMPLE)
 def test_every_job_ends_once(seen, case):
-    ended, facts = seen[case]
-    assert facts is not None, ended
-    way, kind, moment, where, victims = case
-    assert facts["complete"], ended
-    assert ended.code == 0 or way is Supervised, ended  # mpiexec's default flags may not know better
-    stats = facts["stats"]
-    if moment == "poison":
-        assert [index for index, _ in facts["failed"]] == [31]
-        assert len(facts["failed"][0][1]) == 2  # max_attempts, each with its slave and how it ended
-    elif victims == RANKS - 1:  # nobody is left; the master does the rest, but not what killed a slave
-        assert 1 <= len(facts["failed"]) <= victims
-        assert all(len(attempts) == 1 for _, attempts in facts["failed"])
-    else:
-        assert not facts["failed"]
-        assert facts["struck"] == victims
-    if where == "isolate":
-        assert stats["slaves lost"] == stats["slaves suspected"] == 0
-    elif kind in ("kill", "segv", "exit0", "exit3") and moment in ("first", "computing"):
-        assert stats["slaves lost"] == victims
-        if kind != "segv":  # which writes its report first
-            assert max(facts["latency"].values()) < NOTICE_S + SLACK_S
-    elif kind in ("stop", "freeze", "hang", "hold") and moment == "computing":
-        assert stats["slaves suspected"] >= 1
-        assert max(facts["latency"].values()) < SILENCE_S + SLACK_S
-        assert stats["slaves lost"] == 0 or kind not in ("stop", "hold")
-    elif kind == "compute":
-        assert stats["slaves suspected"] == stats["slaves lost"] == 0  # it beats, although it is in C code for 3 x the timeout
+    assert not seen[case].wrong, seen[case]
 
 
-def test_the_master_does_not_go_on_alone(launch):
-    ended = launch(RANKS, "chaos_target.py", "kill", "alone", "plain", 3, kind=Launched).wait(LIMIT_S)
-    assert ended.code != 0
-    assert "SlavesLostError: too few slaves are left: 3 were lost, 0 do not answer; local_fallback=True" in ended.err
+def test_the_master_does_not_go_on_alone():
+    seen = run(Case("kill", "alone", "plain", 3))
+    assert not seen.wrong, seen
+    assert "SlavesLostError: too few slaves are left: 3 were lost, 0 do not answer; local_fallback=True" in seen.ended.err
+
+
+def test_what_an_exception_in_a_job_says(seen):
+    assert [name for name, _ in seen["raise:computing:plain:1:launch"].facts["failed"].values()] == ["ChaosError"]
+    assert [name for name, _ in seen["eat:computing:plain:1:launch"].facts["failed"].values()] == ["MemoryError"]
+
+
+def test_the_checks_bite(seen):
+    """A run is measured by what is right for another case."""
+
+    def wrong(case, of):
+        return check(Case.parse(case), seen[of].ended, seen[of].facts).wrong
+
+    assert wrong("kill:computing:plain:1:launch", "kill:poison:plain:0:launch").keys() == {"wrong ends"}
+    assert wrong("kill:computing:plain:1:launch", "kill:before:plain:1:mpiexec").keys() == {"lost", "wrong ends"}
+    assert wrong("compute:computing:plain:1:launch", "segv:computing:plain:1:launch").keys() == {"wrong ends"}
+    assert wrong("raise:first:plain:1:launch", "kill:computing:plain:1:launch").keys() == {"wrong ends"}
+
+
+def test_what_is_drawn():
+    cells = matrix()
+    assert len({cell[0][:3] for cell in cells}) >= 11 * 6 * 2
+    drawn = list(islice(draw(7, []), 3 * len(cells)))
+    assert drawn == list(islice(draw(7, []), 3 * len(cells)))
+    assert set(drawn) == {case for cell in cells for case in cell}
+    chosen = list(islice(draw(1, ["kill", "stop", "plain"]), 50))
+    assert {(case.kind, case.where) for case in chosen} == {("kill", "plain"), ("stop", "plain")}
+    assert all(Case.parse(str(case)) == case for case in drawn)

@@ -43,11 +43,22 @@ def test_no_such_fault():
 
 
 @pytest.mark.parametrize(
-    ("kind", "code"), [("kill", -signal.SIGKILL), ("segv", -signal.SIGSEGV), ("exit0", 0), ("exit3", 3), ("compute", 7)]
+    ("kind", "code"),
+    [("kill", -signal.SIGKILL), ("segv", -signal.SIGSEGV), ("exit0", 0), ("exit3", 3), ("raise", 1), ("compute", 7)],
 )
 def test_a_fault_is_what_it_says(kind, code):
     program = f"import os; from jd_hpc.chaos import strike; strike({kind!r}, 0.1); os._exit(7)"
     assert subprocess.run([sys.executable, "-c", program], timeout=30).returncode == code
+
+
+def test_raise_comes_to_the_main_thread():
+    program = (
+        "import time; from jd_hpc.chaos import Chaos; Chaos.parse('raise=1,within=0.1').arm(1, 2)\nwhile True: time.sleep(0.01)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+    assert ended.returncode == 1
+    assert "jd_hpc chaos: raise of rank 1 after " in ended.stderr
+    assert "ChaosError: an exception on demand" in ended.stderr
 
 
 def test_stop_ends():

@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -319,6 +320,22 @@ def test_a_child_that_dies_between_batches_costs_nothing(case, isolated):
 def test_many_short_jobs_are_not_over_the_timeout(isolated):
     evaluator = isolated(Evaluator(time.sleep, None, None, None, True), job_timeout_s=1)
     assert evaluator.evaluate([0.3] * 4, 4, None, [None] * 4) == []
+
+
+def test_what_a_job_left_hanging_costs_the_next_one_no_attempt(isolated):
+    """A thread that takes the GIL and keeps it, while no job runs."""
+
+    def start(job):
+        if job == 0:
+            threading.Timer(0.1, hang).start()
+        return job
+
+    evaluator = isolated(Evaluator(start, None, None, None, True), job_timeout_s=1)
+    results = [None]
+    assert evaluator.evaluate([0], 1, None, results) == []
+    time.sleep(0.5)
+    assert evaluator.evaluate([1], 1, None, results) == []
+    assert results == [1]
 
 
 def test_what_a_job_started_ends_with_it(isolated, tmp_path):
