@@ -16,6 +16,8 @@ from jd_hpc.errors import (
     RanksDisagreeError,
     SlaveError,
     SlavesLostError,
+    Unfinished,
+    WalltimeError,
 )
 from jd_hpc.machine import LocalMachine, MPIMachine
 
@@ -39,5 +41,7 @@ __all__ = [
     "RanksDisagreeError",
     "SlaveError",
     "SlavesLostError",
+    "Unfinished",
+    "WalltimeError",
     "__version__",
 ]

@@ -22,7 +22,7 @@ cimport numpy as cnp
 from mpi4py.libmpi cimport *
 
 from jd_hpc._batch cimport Buffer, Evaluator, Rows
-from jd_hpc.scheduler cimport BATCH_SENT, SLAVE_LOST, SLAVE_UP, VERDICT_DELIVER, Scheduler
+from jd_hpc.scheduler cimport BATCH_SENT, BATCH_WAITING, SLAVE_LOST, SLAVE_UP, VERDICT_DELIVER, Scheduler
 from jd_hpc.wire cimport *
 
 import logging
@@ -36,6 +36,7 @@ from jd_hpc.errors import (
     Failure, JobError, MasterLostError, MPIError, PayloadError, ProtocolError, RanksDisagreeError, SlaveError, SlavesLostError,
 )
 from jd_hpc.payload import block_length, check_finite, pack, pack_into, unpack
+from jd_hpc.signals import pass_on
 
 cnp.import_array()
 
@@ -478,12 +479,13 @@ def layout():
         "UNIT_BYTES": UNIT_BYTES, "UNIT_FROM_BYTES": UNIT_FROM_BYTES, "sizeof": sizeof(Header),
         "FAILURE_LENGTH_BYTES": FAILURE_LENGTH_BYTES, "MOST_ATTEMPTS": MOST_ATTEMPTS,
         "KINDS": {"READY": KIND_READY, "JOBS": KIND_JOBS, "RESULTS": KIND_RESULTS, "STOP": KIND_STOP, "BYE": KIND_BYE,
-                  "INTERRUPT": KIND_INTERRUPT, "ERROR": KIND_ERROR, "FAILURES": KIND_FAILURES},
+                  "INTERRUPT": KIND_INTERRUPT, "ERROR": KIND_ERROR, "FAILURES": KIND_FAILURES, "DRAIN": KIND_DRAIN},
     }
 
 
 include "_slave.pxi"
 include "_jobs.pxi"
 include "_survive.pxi"
+include "_drain.pxi"
 include "_delivery.pxi"
 include "_master.pxi"

@@ -5,7 +5,7 @@ cdef enum:
     COLLECT_BYTES = 1 << 20
 
 
-cdef class Deliverer(Survivor):
+cdef class Deliverer(Drainer):
     """Checks every result against the ledger, and hands it over with its job: once."""
     # results in small messages, collected without the GIL
     cdef bint collects
@@ -57,6 +57,8 @@ cdef class Deliverer(Survivor):
         cdef int64_t job_bytes = self.job_rows.row_bytes, result_bytes = self.result_rows.row_bytes
         if self.scheduler.on_result(source, header.slot, header.first, header.count, header.attempt) != VERDICT_DELIVER:
             return 0
+        if self.sent_ns != NULL:
+            self.take_time(source, header.slot, header.count)
         if not self.tells_sent:
             self.hand_out()  # first of all: the slave may be waiting
         memcpy(self.collected_jobs.data + at * job_bytes, self.slots[header.slot].data + HEADER_BYTES, header.count * job_bytes)
@@ -99,6 +101,8 @@ cdef class Deliverer(Survivor):
             return self.fail(ProtocolError(f"slave {source} sent {end - offset} bytes for {header.count} results"))
         if self.scheduler.on_result(source, header.slot, header.first, header.count, header.attempt) != VERDICT_DELIVER:
             return 0
+        if self.sent_ns != NULL:
+            self.take_time(source, header.slot, header.count)
         if failures_bytes:
             failures = unpack(buffer.memory[end:end + failures_bytes])
         if self.result_rows is not None:

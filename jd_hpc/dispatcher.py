@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import index
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from jd_hpc import chaos, ending, local
-from jd_hpc.errors import JobError, MasterLostError
+from jd_hpc import allocation, chaos, ending, local, supervisor
+from jd_hpc.errors import JobError, MasterLostError, Unfinished
 from jd_hpc.machine import LEAST_HEARTBEAT_S, Channel, LocalMachine, MPIMachine, as_machine, load_core
 from jd_hpc.plan import Hook, Plan
-from jd_hpc.signals import Interrupts
+from jd_hpc.signals import Asked, Drains, Interrupts
 from jd_hpc.survival import Watch
+from jd_hpc.walltime import Drain, Walltime
 from jd_hpc.wire import MOST_ATTEMPTS
 
 logger = logging.getLogger("jd_hpc")
@@ -59,6 +62,12 @@ class JobDispatcher:
         Silence after which a slave is suspected, in seconds: its jobs go to others, and it is taken on again when it is heard.
     local_fallback : bool
         False: when too few slaves are left, the run ends with SlavesLostError; the master does not do their work.
+    walltime : None, float or callable
+        When the allocation ends: seconds from the start of the process, or a function without arguments that returns the seconds
+        that are left (the master calls it every few seconds). None: the environment decides, which is ``--walltime`` or Slurm;
+        `math.inf`: it ends never.
+    walltime_margin_s : float
+        So long before that end all must have come in, in seconds: the time to write, to part and to end.
 
     Raises
     ------
@@ -107,6 +116,8 @@ class JobDispatcher:
         heartbeat_s: float = 0.5,
         liveness_timeout_s: float = 10.0,
         local_fallback: bool = True,
+        walltime: float | Callable[[], float] | None = None,
+        walltime_margin_s: float = 30.0,
     ) -> None:
         self.grain = _number("grain", 1 if grain is None else grain, 1, 1 << 30)
         self.credit = _number("credit", 2 if credit is None else credit, 1, 1 << 10)
@@ -120,6 +131,9 @@ class JobDispatcher:
         self.heartbeat_s = _seconds("heartbeat_s", heartbeat_s, zero=True)
         self.liveness_timeout_s = _seconds("liveness_timeout_s", liveness_timeout_s)
         self.local_fallback = bool(local_fallback)
+        is_time = walltime is not None and not callable(walltime) and walltime != math.inf
+        self.walltime = _seconds("walltime", walltime) if is_time else walltime  # type: ignore[arg-type]
+        self.walltime_margin_s = _seconds("walltime_margin_s", walltime_margin_s, zero=True)
         if 0 < self.heartbeat_s < LEAST_HEARTBEAT_S:
             raise ValueError(f"heartbeat_s = {heartbeat_s} is out of range: it is 0, or at least {LEAST_HEARTBEAT_S}")
         if self.liveness_timeout_s < 2 * self.heartbeat_s:
@@ -224,6 +238,9 @@ class JobDispatcher:
 
         Raises
         ------
+        Unfinished
+            On all ranks, if the allocation ends or a signal comes before all jobs have ended. `postprocess` is not called then. It
+            is a SystemExit with code 85.
         JobError
             On the master, if a job failed and `process_failure` is not overridden.
         JdError
@@ -232,9 +249,13 @@ class JobDispatcher:
             Whatever a hook of the master raised, after all slaves have left the run.
         """
         self._set_up_logging()
+        with Drains() as asked:
+            return self._run(asked)
+
+    def _run(self, asked: Asked | None) -> Any:
         machine = self.machine
         if isinstance(machine, LocalMachine) or machine.size == 1:
-            return self._run_local()
+            return self._run_local(asked)
         core = load_core()
         channel = machine.channel()
         chaos.arm_from_environment(machine.rank, machine.size)
@@ -243,23 +264,27 @@ class JobDispatcher:
                 channel.handle, channel.next_run(), channel.body_turn, channel.early, channel.dead, channel.missing
             )
             with Interrupts(master):
-                return self._run_master(machine, channel, master)
+                return self._run_master(machine, channel, master, asked)
         slave = core.Slave(channel.handle, channel.next_run(), channel.body_turn)
+        slave.asked = asked
         with Interrupts(slave):
             return self._run_slave(channel, slave)
 
-    def _run_local(self) -> Any:
+    def _run_local(self, asked: Asked | None) -> Any:
         try:
             plan = self._plan()
             self.on_startup()
             self.reset()
-            count = local.run_jobs(plan)
+            drain = self._drain(plan)
+            count, left = local.run_jobs(plan, drain, asked)
+            if left:
+                raise self._unfinished(drain.reason, count - left, left, 0)
             self._log("%d jobs were evaluated locally", count)
             return self.postprocess()
         finally:
             self.on_shutdown()
 
-    def _run_master(self, machine: MPIMachine, channel: Channel, master: Any) -> Any:
+    def _run_master(self, machine: MPIMachine, channel: Channel, master: Any, asked: Asked | None) -> Any:
         usable = machine.size - 1 if self.max_slaves is None else min(self.max_slaves, machine.size - 1)
         alone = usable < max(1, self.min_slaves)
         self._log("run %d: %d slaves%s", master.run, usable, ", too few: the master evaluates the jobs" if alone else "")
@@ -268,6 +293,8 @@ class JobDispatcher:
                 plan = self._plan()
                 master.begin(plan, 0 if alone else usable)
                 self._watch(channel, master, plan)
+                drain = self._drain(plan)
+                master.drain_by(drain, asked)
                 machine.busy = master.busy_slaves
                 self.on_startup()
                 self.reset()
@@ -279,6 +306,8 @@ class JobDispatcher:
                 if master.failed:
                     channel.note_failures()
             self._log("run %d: %s", master.run, self.stats)
+            if master.left is not None:
+                raise self._unfinished(drain.reason, *master.left)
             return self.postprocess()
         finally:
             self.on_shutdown()
@@ -289,6 +318,17 @@ class JobDispatcher:
         listener = channel.listener if plan.heartbeat_s else None
         watch = Watch(master.scheduler, listener, plan.liveness_timeout_s, plan.job_timeout_s, margin_s)
         master.watch_over(watch, channel.acknowledge)
+
+    def _drain(self, plan: Plan) -> Drain:
+        """What decides when nothing more goes out."""
+        left = allocation.left_of(plan.walltime, os.environ)
+        return Drain(plan.grain, plan.credit, None if left is None else Walltime(left, plan.walltime_margin_s))
+
+    def _unfinished(self, *facts: Any) -> Unfinished:
+        error = Unfinished(*facts)
+        print(f"jd_hpc: {error}; exit code {error.code}", file=sys.stderr, flush=True)
+        ending.exit_with(error.CODE)
+        return error
 
     def _run_slave(self, channel: Channel, slave: Any) -> None:
         try:
@@ -312,10 +352,21 @@ class JobDispatcher:
                 slave.leave()
             finally:
                 slave.close()
-                if slave.failed:
+                if slave.failed and not self._waits_for_abort(slave):
                     ending.failed("ranks of the run failed")
+            if slave.drained:
+                ending.exit_with(ending.UNFINISHED)
+                raise Unfinished("the master says so")
         finally:
             self.on_shutdown()
+
+    @staticmethod
+    def _waits_for_abort(slave: Any) -> bool:
+        """Whether this rank ends as ever, by MPI_Finalize, and waits there until the master ends the run by MPI_Abort.
+
+        Without a supervisor the launcher would end the master too if this rank went first.
+        """
+        return slave.drained and not supervisor.is_there()
 
     def _plan(self) -> Plan:
         plan = Plan(self, self._overrides)

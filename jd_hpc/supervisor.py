@@ -108,6 +108,11 @@ def supervise() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
+def is_there() -> bool:
+    """Tell whether this process has a supervisor over it."""
+    return _Rank.pid == os.getpid()
+
+
 def say_in_order() -> None:
     """Tell the supervisor that this rank ends in order: it finalizes MPI, or has none to finalize. Otherwise it died."""
     _say(_IN_ORDER)
@@ -131,7 +136,7 @@ def passes_code_on() -> bool:
 
     That is so for rank 0 under an Open MPI that was told to bear deaths: mpiexec may return 0 whatever MPI_Abort was given.
     """
-    return _Rank.pid == os.getpid() and os.environ.get(LINGER_VARIABLE) == "0" and "PMIX_RANK" in os.environ
+    return is_there() and os.environ.get(LINGER_VARIABLE) == "0" and "PMIX_RANK" in os.environ
 
 
 def _do_nothing(number: int, frame: object) -> None:
