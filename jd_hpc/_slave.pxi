@@ -364,6 +364,7 @@ cdef class Slave(Link):
 
     def look_out(self):
         """While a process of its own runs the jobs: raise StoppedAtWork, by which that process ends, when the master says stop."""
+        self.look_up(coarse_ns())
         with nogil:
             while not self.stopped and self.take_in():
                 pass

@@ -125,7 +125,9 @@ cdef class Survivor(JobSender):
         cdef bint is_late = self.stop_by_ns and now > self.stop_by_ns
         cdef list stragglers = [rank for rank in range(1, self.size) if not (self.said_bye[rank] or self.gone[rank])]
         for rank in stragglers:
-            if not is_late and rank not in self.missing and (rank > self.scheduler.slave_count or self.scheduler.state_of_slave(rank) < SLAVE_LOST):
+            if is_late or rank in self.missing:
+                continue
+            if rank > self.scheduler.slave_count or self.scheduler.state_of_slave(rank) < SLAVE_LOST:
                 self.stragglers_since_ns = 0
                 return 0
         if self.stragglers_since_ns == 0:

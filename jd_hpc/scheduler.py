@@ -173,10 +173,11 @@ class Scheduler:
             self.ready_head = 0 if self.ready_head == self.slave_count else self.ready_head + 1
             self.ready_length -= 1
             self.slave_queued[slave] = 0
-            if self.slave_state[slave] == SLAVE_UP:
-                self.ready_count -= 1
-                if self.slave_held[slave] < credit:
-                    self._queue_slave(slave)
+            if self.slave_state[slave] != SLAVE_UP:
+                continue
+            self.ready_count -= 1
+            if self.slave_held[slave] < credit:
+                self._queue_slave(slave)
         for slave in range(1, self.slave_count + 1):
             if self.slave_state[slave] == SLAVE_UP and self.slave_held[slave] < credit:
                 self.free_credit += credit - self.slave_held[slave]

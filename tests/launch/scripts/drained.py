@@ -1,4 +1,4 @@
-"""Run `count` jobs, but for those that an earlier start has done. Arguments: count, seconds of a job, what jobs do, options as JSON.
+"""Run jobs, but for those that an earlier start has done. Arguments: count, seconds of a job, what they do, options in JSON.
 
 What a job does: sleep, or block (C code that holds the GIL).
 """
@@ -10,14 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+from mpi4py import MPI
 from script_helpers import RANK, note, note_shared_memory, say
 
 from jd_hpc import JobDispatcher, Unfinished
 
-DONE = Path("note.done")
+DONE = Path(os.environ.get("DONE", "note.done"))
 count, job_s, what, options = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
-where = options.pop("vm", "world")
-catches = options.pop("catches", False)
+saves = options.pop("saves", False)
 
 
 class Resumed(JobDispatcher):
@@ -59,20 +59,14 @@ class Resumed(JobDispatcher):
         return f"ended {self.ended}"
 
 
-def run():
-    from mpi4py import MPI
-
-    return Resumed(MPI.COMM_WORLD if where == "world" else None, **options).run()
-
-
 note(f"rank{RANK}", os.getpid())
 note_shared_memory()
 try:
-    answer = run()
+    answer = Resumed(MPI.COMM_WORLD, **options).run()
 except Unfinished as unfinished:
-    say("caught", RANK, unfinished.reason)
-    if not catches:
-        raise
-else:
-    if answer:
-        say(answer)
+    if RANK == 0 and saves:
+        time.sleep(1)  # the others must not be the end of us meanwhile
+        note("saved", f"{unfinished.ended} {unfinished.put_back} {unfinished.cut_off} {unfinished.reason}")
+    raise
+if answer:
+    say(answer)
