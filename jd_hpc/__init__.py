@@ -17,6 +17,8 @@ from jd_hpc.errors import (
     RanksDisagreeError,
     SlaveError,
     SlavesLostError,
+    Unfinished,
+    WalltimeError,
 )
 from jd_hpc.machine import LocalMachine, MPIMachine
 
@@ -41,5 +43,7 @@ __all__ = [
     "RanksDisagreeError",
     "SlaveError",
     "SlavesLostError",
+    "Unfinished",
+    "WalltimeError",
     "__version__",
 ]

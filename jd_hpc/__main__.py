@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 from types import ModuleType, TracebackType
 
-from jd_hpc import chaos
+from jd_hpc import allocation, chaos
+from jd_hpc.errors import WalltimeError
 
 USAGE = """usage: python -m jd_hpc [options] script.py [arguments ...]
    or: python -m jd_hpc [options] -m module [arguments ...]
@@ -30,6 +31,7 @@ Runs a script as one rank of an MPI run, with a supervisor over it: when another
 options:
   --no-supervisor   run the script without a supervisor
   --chaos SPEC      do harm to slaves, to see what the script survives: "kill=2,stop=1,seed=7" (see jd_hpc.chaos)
+  --walltime TIME   when the allocation ends, from now on: seconds, MM:SS, H:MM:SS or D-HH:MM:SS; the run is drained before that
   --version         show the version and exit
   -h, --help        show this and exit
 """
@@ -58,6 +60,11 @@ def parse(words: list[str]) -> tuple[bool, list[str]]:
             except ValueError as error:
                 _refuse(str(error))
             os.environ[chaos.VARIABLE] = words.pop(0)
+        elif option == "--walltime" and words:
+            try:
+                os.environ[allocation.VARIABLE] = allocation.variable_for(words.pop(0))
+            except WalltimeError as error:
+                _refuse(str(error))
         elif option == "--no-supervisor":
             supervised = False
         else:
@@ -96,11 +103,12 @@ def run_program(words: list[str]) -> None:
 
 def main() -> int:
     """Run the program that the command line names, and return its exit status."""
-    from jd_hpc import ending, supervisor  # the first to register an atexit hook is the last to run it
+    from jd_hpc import ending, signals, supervisor  # the first to register an atexit hook is the last to run it
 
     supervised, words = parse(sys.argv[1:])
     if supervised:
         supervisor.supervise()
+    signals.remember()
     try:
         run_program(words)
     except SystemExit as error:

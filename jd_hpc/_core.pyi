@@ -8,7 +8,9 @@ from typing_extensions import disjoint_base
 
 from jd_hpc.plan import Plan
 from jd_hpc.scheduler import Scheduler
+from jd_hpc.signals import Asked
 from jd_hpc.survival import Watch
+from jd_hpc.walltime import Drain
 
 @disjoint_base
 class Link:
@@ -20,16 +22,21 @@ class Link:
     parting: bool
     impatient: bool
 
+class StoppedAtWork(BaseException): ...
+
 @final
 class Slave(Link):
     failed: bool
+    drained: bool
     beat: Any
+    asked: Asked | None
     def __new__(cls, handle: int, run: int, body_turn: NDArray[np.uint32]) -> Self: ...
     def begin(self, plan: Plan | None = None) -> None: ...
     def ready(self, facts: dict[str, str]) -> None: ...
     def serve(self) -> None: ...
     def report(self, error: BaseException) -> None: ...
     def leave(self) -> None: ...
+    def look_out(self) -> None: ...
     def close(self) -> None: ...
 
 @disjoint_base
@@ -46,6 +53,14 @@ class Survivor(JobSender):
 
 @disjoint_base
 class Deliverer(Survivor): ...
+
+@disjoint_base
+class Drainer(Survivor):
+    left: tuple[int, int, int] | None
+    def drain_by(self, drain: Drain, asked: Asked | None) -> None: ...
+
+@disjoint_base
+class Deliverer(Drainer): ...
 
 @final
 class Master(Deliverer):

@@ -23,7 +23,7 @@ from mpi4py.libmpi cimport *
 
 from jd_hpc._batch cimport Buffer, Evaluator, Rows
 from jd_hpc._history cimport Lines
-from jd_hpc.scheduler cimport BATCH_SENT, SLAVE_LOST, SLAVE_UP, VERDICT_DELIVER, VERDICT_REFUSED, Scheduler
+from jd_hpc.scheduler cimport BATCH_SENT, BATCH_WAITING, SLAVE_LOST, SLAVE_UP, VERDICT_DELIVER, VERDICT_REFUSED, Scheduler
 from jd_hpc.wire cimport *
 
 import logging
@@ -37,7 +37,7 @@ from jd_hpc.errors import (
     Failure, JobError, MasterLostError, MPIError, PayloadError, ProtocolError, RanksDisagreeError, SlaveError, SlavesLostError,
 )
 from jd_hpc.payload import block_length, check_finite, pack, pack_into, unpack
-from jd_hpc.signals import GIVE_UP_AFTER
+from jd_hpc.signals import GIVE_UP_AFTER, pass_on
 
 cnp.import_array()
 
@@ -527,12 +527,13 @@ def layout():
         "UNIT_BYTES": UNIT_BYTES, "UNIT_FROM_BYTES": UNIT_FROM_BYTES, "sizeof": sizeof(Header),
         "FAILURE_LENGTH_BYTES": FAILURE_LENGTH_BYTES, "MOST_ATTEMPTS": MOST_ATTEMPTS,
         "KINDS": {"READY": KIND_READY, "JOBS": KIND_JOBS, "RESULTS": KIND_RESULTS, "STOP": KIND_STOP, "BYE": KIND_BYE,
-                  "INTERRUPT": KIND_INTERRUPT, "ERROR": KIND_ERROR, "FAILURES": KIND_FAILURES},
+                  "INTERRUPT": KIND_INTERRUPT, "ERROR": KIND_ERROR, "FAILURES": KIND_FAILURES, "DRAIN": KIND_DRAIN},
     }
 
 
 include "_slave.pxi"
 include "_jobs.pxi"
 include "_survive.pxi"
+include "_drain.pxi"
 include "_delivery.pxi"
 include "_master.pxi"

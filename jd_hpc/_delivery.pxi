@@ -5,7 +5,7 @@ cdef enum:
     COLLECT_BYTES = 1 << 20
 
 
-cdef class Deliverer(Survivor):
+cdef class Deliverer(Drainer):
     """Checks every result against the ledger, and hands it over with its job: once."""
     # results in small messages, collected without the GIL
     cdef bint collects
@@ -67,6 +67,8 @@ cdef class Deliverer(Survivor):
         if verdict == VERDICT_REFUSED:
             with gil:
                 self.distrust(source, f"it answers jobs {header.first} + {header.count}, which nobody gave it so")
+        elif verdict == VERDICT_DELIVER and self.sent_ns != NULL:
+            self.take_time(source, header.slot, header.count)
         return verdict == VERDICT_DELIVER
 
     @cython.final

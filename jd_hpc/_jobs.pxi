@@ -26,9 +26,12 @@ cdef class JobSender(Link):
     cdef Buffer slab                    # the slots' memory, where a batch of rows fits into a message; else each has its own
     cdef list slot_buffers              # what a slot has of its own
     cdef list slot_jobs                 # the objects, where jobs are objects
+    cdef bint draining                  # nothing goes out (_drain.pxi)
+    cdef int64_t *sent_ns               # when a slot was sent, where it matters how long jobs take; else NULL
 
     def __dealloc__(self):
         free(self.slots)
+        free(self.sent_ns)
 
     @cython.final
     cdef int lay_out_slots(self) except -1:
@@ -54,12 +57,14 @@ cdef class JobSender(Link):
     @cython.final
     cdef bint is_alone(self) noexcept nogil:
         """Whether so few slaves are left that the master does the work."""
-        return self.scheduler.up_count + self.scheduler.absent_count < self.local_below
+        return not self.draining and self.scheduler.up_count + self.scheduler.absent_count < self.local_below
 
     @cython.final
     cdef int room(self) noexcept nogil:
         """How many batches the user may be asked for now."""
         cdef int waiting = self.scheduler.waiting_count
+        if self.draining:
+            return 0
         if self.is_alone():
             return 1 - self.scheduler.open_count
         if self.scheduler.up_count == 0 or (self.read_ahead and waiting > self.read_ahead // 4):
@@ -81,6 +86,8 @@ cdef class JobSender(Link):
                 (<Header *> self.slots[slot].data).attempt = self.scheduler.attempt(slot)
             if self.keeps_history:
                 self.note_sent(slot, slave)
+            if self.sent_ns != NULL:
+                self.sent_ns[slot] = coarse_ns()
             self.send(&self.slots[slot], slave)
             if self.tells_sent:
                 with gil:

@@ -73,10 +73,13 @@ cdef class Master(Deliverer):
     def run_jobs(self):
         """Run until there is no job left and all results are delivered."""
         try:
+            self.look_at_the_clock(coarse_ns())
             while True:
                 if self.failure is not None:
                     raise self.failure
                 self.deliver()
+                if self.draining and self.has_drained():
+                    return
                 self.fetch_again()
                 if not self.again_count:
                     self.fetch()
@@ -110,6 +113,8 @@ cdef class Master(Deliverer):
     cdef bint wants_python(self, int empty_polls) noexcept nogil:
         if self.attention or self.is_alone():
             return True
+        if self.draining and (self.cut_off or self.scheduler.held_count == 0):
+            return True
         if self.collected == 0:
             return (self.again_count > 0 or not self.exhausted) and self.room() > 0
         if not self.in_blocks:  # one turn of the GIL for all that is there
@@ -139,6 +144,12 @@ cdef class Master(Deliverer):
                 self.accept(i, source)
         self.repost(i)
         return True
+
+    cdef int take_in_all(self) except -1:
+        with nogil:
+            while self.take_in() or (self.body_count > 0 and self.take_bodies()):
+                pass
+        return 0
 
     cdef int accept(self, int i, int source) except -1:
         """A message that needs Python."""
@@ -210,6 +221,9 @@ cdef class Master(Deliverer):
         elif header.kind == KIND_READY:
             if source <= self.slave_count:
                 self.greet(source, self.opened(buffer, offset, end, dict, source))
+        elif header.kind == KIND_DRAIN:
+            if self.drain is not None:
+                pass_on(self.drain, coarse_ns() * 1e-9, header.count, header.attempt, source)
         elif header.kind == KIND_INTERRUPT:
             self.fail(KeyboardInterrupt(f"slave {source} was interrupted"))
         elif header.kind == KIND_ERROR:
@@ -237,6 +251,7 @@ cdef class Master(Deliverer):
         cdef int slot, count
         cdef Buffer out = None
         cdef list objects = None
+        cdef int64_t begun_ns = coarse_ns()
         if not self.plan.local_fallback and self.scheduler.lost + self.scheduler.suspected > 0:
             raise SlavesLostError(self.scheduler.lost, self.scheduler.suspect_count)
         slot = self.scheduler.assign_local(self.plan.isolate, self.others_may_help())
@@ -257,6 +272,8 @@ cdef class Master(Deliverer):
             out = Buffer(count * self.result_rows.row_bytes, self.result_rows, 0, True)
         jobs = self.jobs_of(slot, count)
         failures = Failure.of_all(self.evaluator.evaluate(jobs, count, out, objects))
+        if self.sent_ns != NULL:
+            self.note_time((coarse_ns() - begun_ns) / count)
         if self.judge(0, slot, self.scheduler.first(slot), count, self.scheduler.attempt(slot)) == VERDICT_DELIVER:
             if out is not None:
                 out.rows.flags.writeable = False
@@ -297,6 +314,7 @@ cdef class Master(Deliverer):
             self.stopping = True
             self.collects = False
             self.failed = bool(self.dead or self.missing or self.scheduler.suspect_count)
+            self.prepare_to_part(coarse_ns())
             self.accept_early()
             for rank in range(1, self.size):
                 stops[rank].head = stops[rank].body = MPI_REQUEST_NULL
@@ -304,6 +322,7 @@ cdef class Master(Deliverer):
                 memset(stops[rank].data, 0, HEADER_BYTES)
                 (<Header *> stops[rank].data).kind = KIND_STOP
                 (<Header *> stops[rank].data).attempt = self.failed  # a slave that knows leaves MPI alone at its exit
+                (<Header *> stops[rank].data).count = self.left is not None
                 if not self.gone[rank]:
                     self.send(&stops[rank], rank)
             with nogil:

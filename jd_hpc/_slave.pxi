@@ -3,6 +3,11 @@
 cdef enum:
     BATCHES_PER_LOOK = 4        # batches between two looks at the clock
 
+
+class StoppedAtWork(BaseException):
+    """The master will not wait for the jobs that run."""
+
+
 @cython.final
 cdef class Slave(Link):
     """A rank that runs jobs.
@@ -29,6 +34,9 @@ cdef class Slave(Link):
     cdef int queue_length
     cdef bint stopped
     cdef readonly bint failed           # the master says that ranks failed
+    cdef readonly bint drained          # the master says that not all jobs have ended
+    cdef public object asked            # signals.Asked, or None: what is to be passed on to the master
+    cdef int told_level                 # what was passed on of it
     cdef public object beat             # what sends our signs of life; it ends when the master is gone
     cdef int64_t batches                # run so far
     cdef int64_t looked_batches         # how many they were when the clock was last read
@@ -47,7 +55,7 @@ cdef class Slave(Link):
         cdef int64_t out_bytes = HEADER_BYTES
         self.grain = plan.grain if plan else 1
         if plan:
-            self.evaluator = plan.evaluator()
+            self.evaluator = plan.evaluator(self.look_out)
             self.job_rows, self.result_rows = plan.job_rows, plan.result_rows
             self.payload_limit = plan.payload_limit
             if self.result_rows is not None:
@@ -80,6 +88,9 @@ cdef class Slave(Link):
     cdef int on_tick(self, int64_t now) except -1:
         if self.beat is not None and not self.beat.alive:
             raise MasterLostError()
+        if self.asked is not None and self.asked.level > self.told_level and not self.parting:
+            self.told_level = self.asked.level
+            self.say(KIND_DRAIN, None)
         return 0
 
     cdef int on_mpi_error(self, int code, int other) except -1:
@@ -159,6 +170,7 @@ cdef class Slave(Link):
         elif header.kind == KIND_STOP:
             self.stopped = True
             self.failed = header.attempt != 0
+            self.drained = header.count != 0
         elif header.kind == KIND_JOBS and header.body_bytes > INLINE_BYTES:
             with gil:
                 self.expect_body(header, 0, self.job_rows)
@@ -224,7 +236,10 @@ cdef class Slave(Link):
         except BaseException as error:  # it was pickled well, but cannot be rebuilt here
             failures = [(at, error) for at in range(job.count)]
         else:
-            failures = self.evaluator.evaluate(jobs, job.count, out, results)
+            try:
+                failures = self.evaluator.evaluate(jobs, job.count, out, results)
+            except StoppedAtWork:
+                return 0
         jobs = None
         if self.result_rows is None:
             self.send_objects(k, &job, results, failures)
@@ -315,6 +330,9 @@ cdef class Slave(Link):
         else:
             (<Header *> self.outs[k].data).body_bytes = 0
         (<Header *> self.outs[k].data).kind = kind
+        if kind == KIND_DRAIN:
+            (<Header *> self.outs[k].data).count = self.asked.level
+            (<Header *> self.outs[k].data).attempt = self.asked.number
         self.send(&self.outs[k], 0)
         with nogil:
             while not self.is_sent(&self.outs[k]):
@@ -352,10 +370,20 @@ cdef class Slave(Link):
             raise
         self.release_held()
 
+    def look_out(self):
+        """While a process of its own runs the jobs: raise StoppedAtWork, by which that process ends, when the master says stop."""
+        self.look_up(coarse_ns())
+        with nogil:
+            while not self.stopped and self.take_in():
+                pass
+        if self.stopped:
+            raise StoppedAtWork
+
     def close(self):
         """Whatever became of the run: the jobs' own process ends, if there is one."""
         if self.evaluator is not None:
             self.evaluator.close()
+            self.evaluator = None  # it may hold us
 
     cdef bint is_clear(self) except -1 nogil:
         """Whether nothing is on its way, neither in nor out."""

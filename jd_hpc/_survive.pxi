@@ -21,6 +21,7 @@ cdef class Survivor(JobSender):
     cdef int64_t grace_ns               # how long those that may come back are waited for at the end
     cdef int64_t stragglers_since_ns
     cdef int64_t failed_ns              # when a slave failed last
+    cdef int64_t stop_by_ns             # at the end of a run that was drained nobody is waited for any longer; 0: no limit
 
     def __dealloc__(self):
         free(self.gone)
@@ -75,6 +76,8 @@ cdef class Survivor(JobSender):
                     logger.warning("slave %d is taken on again: %s", slave, how)
             if self.stopping:
                 self.look_for_stragglers(now)
+            else:
+                self.look_at_the_clock(now)
         except BaseException as error:
             self.fail(error)
         return 0
@@ -98,6 +101,10 @@ cdef class Survivor(JobSender):
 
     cdef int came_in(self, int i, int source) except -1:
         """A message that the master has yet to deal with."""
+        return 0
+
+    cdef int look_at_the_clock(self, int64_t now) except -1:
+        """Whether it is time to drain."""
         return 0
 
     cdef int on_mpi_error(self, int code, int other) except -1:
@@ -157,16 +164,20 @@ cdef class Survivor(JobSender):
     cdef int look_for_stragglers(self, int64_t now) except -1:
         """At the end of a run: once only ranks that do not answer are waited for, they get a little more time."""
         cdef int rank
+        cdef bint is_late = self.stop_by_ns and now > self.stop_by_ns
         cdef list stragglers = [rank for rank in range(1, self.size) if not (self.said_bye[rank] or self.gone[rank])]
         for rank in stragglers:
-            if rank not in self.missing and (rank > self.scheduler.slave_count or self.scheduler.state_of_slave(rank) < SLAVE_LOST):
+            if is_late or rank in self.missing:
+                continue
+            if rank > self.scheduler.slave_count or self.scheduler.state_of_slave(rank) < SLAVE_LOST:
                 self.stragglers_since_ns = 0
                 return 0
         if self.stragglers_since_ns == 0:
             self.stragglers_since_ns = now
-        elif now - self.stragglers_since_ns > self.grace_ns:
+        if is_late or now - self.stragglers_since_ns > self.grace_ns:
             for rank in stragglers:
-                logger.warning("rank %d does not leave the run: nobody waits for it any longer", rank)
+                logger.log(logging.INFO if is_late else logging.WARNING,
+                           "rank %d does not leave the run: nobody waits for it any longer", rank)
                 self.missing.add(rank)
                 self.forget(rank)
         return 0

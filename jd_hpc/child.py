@@ -220,7 +220,7 @@ class Child:
         os.setsid()  # what jobs start can be killed with the child, and a terminal's Ctrl-C goes to the rank alone
         for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):  # sent to all processes of a job, meant for the ranks
             signal.signal(number, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not ignored: children of jobs would inherit that
+        _leave_term_to_the_rank()
         signal.set_wakeup_fd(-1)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for fd in close_fds:
@@ -329,6 +329,24 @@ class Child:
             records.setdefault(id(error), ([], error))[0].append(at)
         for offsets, error in records.values():
             self._tell(offsets, error)
+
+
+def _leave_term_to_the_rank() -> None:
+    """Let TERM, which may come to all processes of a job, do nothing here; what jobs start can be ended by it as ever.
+
+    Not ignored, since what they start would inherit that, but caught by a C function without effect.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _libc.signal.argtypes, _libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    nothing = ctypes.cast(_libc.abs, ctypes.c_void_p)
+    _libc.signal(signal.SIGTERM, nothing)
+
+    def restore() -> None:
+        before = _libc.signal(signal.SIGTERM, signal.SIG_DFL)
+        if before != nothing.value:  # the job's own
+            _libc.signal(signal.SIGTERM, before)
+
+    os.register_at_fork(after_in_child=restore)
 
 
 def flush() -> None:

@@ -9,11 +9,11 @@ import argparse
 import os
 import sys
 
-from jd_hpc import __version__, check, launch, verdict
-from jd_hpc.errors import HistoryError, LaunchError
+from jd_hpc import __version__, allocation, check, launch, verdict
+from jd_hpc.errors import HistoryError, LaunchError, WalltimeError
 
 PROGRAM_ENDS = (".py", ".pyz")
-WITH_VALUE = ("-n", "-np", "--mpiexec")
+WITH_VALUE = ("-n", "-np", "--mpiexec", "--walltime")
 FLAGS = ("--dry-run", "-h", "--help")
 
 
@@ -34,7 +34,7 @@ def split_words(words: list[str]) -> tuple[list[str], list[str], list[str]]:
         if word in WITH_VALUE:
             ours += words[at : at + 2]
             at += 1
-        elif word in FLAGS or word.startswith("--mpiexec="):
+        elif word in FLAGS or word.startswith(("--mpiexec=", "--walltime=")):
             ours.append(word)
         else:
             given.append(word)
@@ -52,6 +52,13 @@ def _rank_count(text: str) -> int:
     return count
 
 
+def _end(text: str) -> str:
+    try:
+        return allocation.variable_for(text)
+    except WalltimeError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of our own options."""
     top = argparse.ArgumentParser("jd-hpc", description="Start scripts of jd_hpc so that they survive the death of a slave.")
@@ -60,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser(
         "launch",
         help="run a script under this environment's mpiexec, with the flags that let the others live when a rank dies",
-        usage="jd-hpc launch -n N [--mpiexec PATH] [--dry-run] [mpiexec's options ...] script.py [arguments ...]",
+        usage="jd-hpc launch -n N [--mpiexec PATH] [--walltime TIME] [--dry-run] [mpiexec's options ...] script.py [arguments ...]",
         epilog="The script is the first word that ends in .py, or -m module, or -c code, or what follows --.",
         allow_abbrev=False,
     )
@@ -68,6 +75,12 @@ def parser() -> argparse.ArgumentParser:
         "-n", "-np", dest="ranks", type=_rank_count, required=True, metavar="N", help="ranks: the master and N - 1 slaves"
     )
     one.add_argument("--dry-run", action="store_true", help="print the command and run nothing")
+    one.add_argument(
+        "--walltime",
+        type=_end,
+        metavar="TIME",
+        help="when the allocation ends, from now on: seconds, MM:SS, H:MM:SS or D-HH:MM:SS; the run is drained before that",
+    )
     two = commands.add_parser(
         "doctor", help="say what is here, and by killing a slave try what this place survives", allow_abbrev=False
     )
@@ -126,12 +139,14 @@ def main(words: list[str] | None = None) -> int:
     except LaunchError as error:
         print(f"jd-hpc {options.command}: {error}", file=sys.stderr)
         return 2
+    if options.walltime:
+        os.environ[allocation.VARIABLE] = options.walltime
     added = launch.flags(launcher, options.ranks, os.environ, given, launch.core_count())
     command = launch.command_line(launcher, options.ranks, given, program, added)
     if options.dry_run:
         print(launch.as_shell_line(launcher, command))
     else:
-        launch.become(command)
+        return launch.run(command, launcher.family)
     return 0
 
 

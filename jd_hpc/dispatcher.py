@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import index
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from jd_hpc import chaos, ending, local
-from jd_hpc.errors import JobError, MasterLostError
+from jd_hpc import allocation, chaos, ending, local, supervisor
+from jd_hpc.errors import JobError, MasterLostError, Unfinished
 from jd_hpc.history import History, path_of
 from jd_hpc.machine import LEAST_HEARTBEAT_S, Channel, LocalMachine, MPIMachine, as_machine, load_core, mpi_name
 from jd_hpc.plan import Hook, Plan
-from jd_hpc.signals import Interrupts
+from jd_hpc.signals import Asked, Drains, Interrupts
 from jd_hpc.survival import Watch
+from jd_hpc.walltime import Drain, Walltime
 from jd_hpc.wire import MOST_ATTEMPTS
 
 logger = logging.getLogger("jd_hpc")
@@ -70,6 +72,12 @@ class JobDispatcher:
     history : path-like, optional
         A file to which the master adds a line for every event, for ``jd-hpc check`` (see docs/history.md). Default: the environment
         variable JD_HPC_HISTORY; "": none.
+    walltime : None, float or callable
+        When the allocation ends: seconds from the start of the process, or a function without arguments that returns the seconds
+        that are left (the master calls it every few seconds). None: the environment decides, which is ``--walltime`` or Slurm;
+        `math.inf`: it ends never.
+    walltime_margin_s : float
+        So long before that end all must have come in, in seconds: the time to write, to part and to end.
 
     Raises
     ------
@@ -119,6 +127,8 @@ class JobDispatcher:
         liveness_timeout_s: float = 10.0,
         local_fallback: bool = True,
         history: str | os.PathLike[str] | None = None,
+        walltime: float | Callable[[], float] | None = None,
+        walltime_margin_s: float = 30.0,
     ) -> None:
         self.grain = _number("grain", 1 if grain is None else grain, 1, 1 << 30)
         self.credit = _number("credit", 2 if credit is None else credit, 1, 1 << 10)
@@ -133,6 +143,9 @@ class JobDispatcher:
         self.liveness_timeout_s = _seconds("liveness_timeout_s", liveness_timeout_s)
         self.local_fallback = bool(local_fallback)
         self.history_path = path_of(history)
+        is_time = walltime is not None and not callable(walltime) and walltime != math.inf
+        self.walltime = _seconds("walltime", walltime) if is_time else walltime  # type: ignore[arg-type]
+        self.walltime_margin_s = _seconds("walltime_margin_s", walltime_margin_s, zero=True)
         if 0 < self.heartbeat_s < LEAST_HEARTBEAT_S:
             raise ValueError(f"heartbeat_s = {heartbeat_s} is out of range: it is 0, or at least {LEAST_HEARTBEAT_S}")
         if self.liveness_timeout_s < 2 * self.heartbeat_s:
@@ -237,6 +250,9 @@ class JobDispatcher:
 
         Raises
         ------
+        Unfinished
+            On all ranks, if the allocation ends or a signal comes before all jobs have ended. `postprocess` is not called then. It
+            is a SystemExit with code 85.
         JobError
             On the master, if a job failed and `process_failure` is not overridden.
         JdError
@@ -245,10 +261,14 @@ class JobDispatcher:
             Whatever a hook of the master raised, after all slaves have left the run.
         """
         self._set_up_logging()
+        with Drains() as asked:
+            return self._run(asked)
+
+    def _run(self, asked: Asked | None) -> Any:
         machine = self.machine
         if isinstance(machine, LocalMachine) or machine.size == 1:
             with History(self.history_path) as history:
-                return self._run_local(history)
+                return self._run_local(history, asked)
         core = load_core()
         channel = machine.channel()
         chaos.arm_from_environment(machine.rank, machine.size)
@@ -257,25 +277,29 @@ class JobDispatcher:
                 channel.handle, channel.next_run(), channel.body_turn, channel.early, channel.dead, channel.missing
             )
             with Interrupts(master), History(self.history_path) as history:
-                return self._run_master(machine, channel, master, history)
+                return self._run_master(machine, channel, master, history, asked)
         slave = core.Slave(channel.handle, channel.next_run(), channel.body_turn)
+        slave.asked = asked
         with Interrupts(slave):
             return self._run_slave(channel, slave)
 
-    def _run_local(self, history: History) -> Any:
+    def _run_local(self, history: History, asked: Asked | None) -> Any:
         try:
             plan = self._plan()
             plan.history = history.begin(self._history_facts(0))
             self.on_startup()
             self.reset()
-            count = local.run_jobs(plan)
+            drain = self._drain(plan)
+            count, left = local.run_jobs(plan, drain, asked)
             history.counters = {"jobs": count}
+            if left:
+                raise self._unfinished(drain.reason, count - left, left, 0)
             self._log("%d jobs were evaluated locally", count)
             return self.postprocess()
         finally:
             self.on_shutdown()
 
-    def _run_master(self, machine: MPIMachine, channel: Channel, master: Any, history: History) -> Any:
+    def _run_master(self, machine: MPIMachine, channel: Channel, master: Any, history: History, asked: Asked | None) -> Any:
         usable = machine.size - 1 if self.max_slaves is None else min(self.max_slaves, machine.size - 1)
         alone = usable < max(1, self.min_slaves)
         self._log("run %d: %d slaves%s", master.run, usable, ", too few: the master evaluates the jobs" if alone else "")
@@ -286,6 +310,8 @@ class JobDispatcher:
                 plan.history = history.begin(self._history_facts(slaves, run=master.run, mpi=mpi_name(), hosts=channel.hosts))
                 master.begin(plan, slaves)
                 self._watch(channel, master)
+                drain = self._drain(plan)
+                master.drain_by(drain, asked)
                 machine.busy = master.busy_slaves
                 self.on_startup()
                 self.reset()
@@ -297,6 +323,8 @@ class JobDispatcher:
                 finally:
                     history.counters = self.stats
             self._log("run %d: %s", master.run, self.stats)
+            if master.left is not None:
+                raise self._unfinished(drain.reason, *master.left)
             return self.postprocess()
         finally:
             self.on_shutdown()
@@ -319,6 +347,17 @@ class JobDispatcher:
             self.stats = master.counters()
             if master.failed:
                 channel.note_failures()
+
+    def _drain(self, plan: Plan) -> Drain:
+        """What decides when nothing more goes out."""
+        left = allocation.left_of(plan.walltime, os.environ)
+        return Drain(plan.grain, plan.credit, None if left is None else Walltime(left, plan.walltime_margin_s))
+
+    def _unfinished(self, *facts: Any) -> Unfinished:
+        error = Unfinished(*facts)
+        print(f"jd_hpc: {error}; exit code {error.code}", file=sys.stderr, flush=True)
+        ending.exit_with(error.CODE)
+        return error
 
     def _run_slave(self, channel: Channel, slave: Any) -> None:
         try:
@@ -343,8 +382,11 @@ class JobDispatcher:
                 slave.leave()
             finally:
                 slave.close()
-                if slave.failed:
+                if slave.failed and not self._waits_for_abort(slave):
                     ending.failed("ranks of the run failed")
+            if slave.drained:
+                ending.exit_with(ending.UNFINISHED)
+                raise Unfinished("the master says so")
         finally:
             with channel.limited(self.job_timeout_s):
                 self.on_shutdown()
@@ -355,6 +397,14 @@ class JobDispatcher:
 
         options = {name: getattr(self, name) for name in OPTIONS}
         return {"version": __version__, "class": type(self).__qualname__, "slaves": slaves, **facts, "options": options}
+
+    @staticmethod
+    def _waits_for_abort(slave: Any) -> bool:
+        """Whether this rank ends as ever, by MPI_Finalize, and waits there until the master ends the run by MPI_Abort.
+
+        Without a supervisor the launcher would end the master too if this rank went first.
+        """
+        return slave.drained and not supervisor.is_there()
 
     def _plan(self) -> Plan:
         plan = Plan(self, self._overrides)

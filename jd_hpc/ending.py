@@ -25,9 +25,12 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 from jd_hpc import supervisor
+from jd_hpc.errors import Unfinished
 
 logger = logging.getLogger("jd_hpc")
 
+UNFINISHED = Unfinished.CODE
+"""The exit code of a run that was drained: start it again for the rest."""
 GRACE_S = 5.0
 """How long the master waits for live slaves to leave, by default."""
 ABORT_LIMIT_S = 20

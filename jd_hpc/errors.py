@@ -32,6 +32,39 @@ class RanksDisagreeError(JdError, RuntimeError):
     """Master and slave run different versions, dispatchers or options."""
 
 
+class WalltimeError(JdError, ValueError):
+    """What was given as the walltime is none."""
+
+
+class Unfinished(SystemExit):
+    """The run was drained before all its jobs ended: the allocation ends, or a signal asked for it. Raised by `run()` on all ranks.
+
+    It is a SystemExit: a script that does not catch it leaves with exit code 85, without a traceback. Results that came in before
+    were given to `process_result` as ever. No job was charged with an attempt for it.
+
+    Attributes
+    ----------
+    reason : str
+        Why, such as "SIGUSR2 at rank 2".
+    ended, put_back, cut_off : int
+        On the master: jobs that ended; that `next_job` had returned but no slave has now; that were still with a slave at the
+        end. On slaves 0.
+    """
+
+    CODE = 85
+
+    def __init__(self, reason: str, ended: int = 0, put_back: int = 0, cut_off: int = 0) -> None:
+        super().__init__(self.CODE)
+        self.reason, self.ended, self.put_back, self.cut_off = reason, ended, put_back, cut_off
+
+    def __str__(self) -> str:
+        cut_off = f", {self.cut_off} were cut off" if self.cut_off else ""
+        return f"drained ({self.reason}): {self.ended} jobs ended, {self.put_back} were put back{cut_off}"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.reason, self.ended, self.put_back, self.cut_off)
+
+
 class ProtocolError(JdError, RuntimeError):
     """A message, or an event, that cannot be."""
 

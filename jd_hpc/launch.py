@@ -3,12 +3,15 @@
 The rules it keeps:
 
 1. What is known of launchers is in this file, as data; what the user set, in the environment or on the command line, stays.
-2. jd-hpc becomes mpiexec (exec): signals, terminal and exit code are mpiexec's own.
+2. Terminal and exit code are mpiexec's own, and signals go to mpiexec; but for TERM and USR2, which drain the run. Not every
+   mpiexec passes these on (Open MPI's ends the ranks at TERM, MPICH's dies of USR2), so the ranks get them from here.
 3. A launcher that we do not know is refused with the way to do without us.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import re
 import shlex
@@ -18,10 +21,11 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
+from jd_hpc.allocation import VARIABLE as WALLTIME_VARIABLE
 from jd_hpc.errors import LaunchError
-from jd_hpc.supervisor import LINGER_VARIABLE
+from jd_hpc.supervisor import LINGER_VARIABLE, children, environment_of, is_of_terminal, rank_of
 
 ASK_LIMIT_S = 20
 """How long a launcher may take to tell its version."""
@@ -40,6 +44,8 @@ HOST_WORDS = (
     "-rmk",
 )
 """mpiexec options by which users say where ranks go: then we do not."""
+DRAINS = (signal.SIGTERM, signal.SIGUSR2)
+PR_SET_PDEATHSIG = 1
 ALLOCATIONS = ("SLURM_JOB_ID", "PBS_NODEFILE", "LSB_HOSTS", "PE_HOSTFILE", "COBALT_NODEFILE")
 
 
@@ -161,13 +167,15 @@ def flags(launcher: Launcher, rank_count: int, environ: Mapping[str, str], given
         for name, value in settings.items():
             if name not in environ:
                 words += ["-genv", name, value]
-        return words
+        return words  # it passes the environment on
     if launcher.version < (5,):
         words = ["--enable-recovery"]
     else:  # both: by ULFM alone MPI_Abort ends nobody but the caller, and mpiexec's exit code is 0 whatever it was given
         words = ["--with-ft", "ulfm", *NO_KILL_OPENMPI_5] if launcher.ulfm else list(NO_KILL_OPENMPI_5)
     if LINGER_VARIABLE not in environ:
         words += ["-x", f"{LINGER_VARIABLE}=0"]
+    if WALLTIME_VARIABLE in environ:
+        words += ["-x", WALLTIME_VARIABLE]
     placed = any(word in HOST_WORDS or "oversubscribe" in word.lower() for word in given) or any(
         name in environ for name in ALLOCATIONS
     )
@@ -191,13 +199,58 @@ def as_shell_line(launcher: Launcher, words: list[str]) -> str:
     return ("trap '' PIPE; " if launcher.family == "mpich" else "") + shlex.join(words)
 
 
-def become(words: list[str]) -> NoReturn:
-    """Turn this process into the command."""
+def run(words: list[str], family: str) -> int:
+    """Run the command, with this process over it for the signals, and return its exit code."""
     # Python ignores SIGPIPE, and what is ignored stays so: mpiexec.hydra would die of it now and then.
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(words[0], words)
+    libc = ctypes.CDLL(None)
+    passed_on = {*DRAINS, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*passed_on, signal.SIGCHLD})
+    child = os.fork()
+    if child == 0:
+        try:
+            libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            os.execv(words[0], words)
+        finally:
+            os._exit(127)
+    while True:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else 128 - code
+        told = signal.sigwaitinfo({*passed_on, signal.SIGCHLD})
+        if told.si_signo in DRAINS:
+            ask_to_drain(child, told.si_signo, family)
+        elif told.si_signo in passed_on and not is_of_terminal(told):
+            os.kill(child, told.si_signo)
+
+
+def ask_to_drain(launcher_pid: int, number: int, family: str) -> None:
+    """Send the signal to the ranks of this node; to the launcher, as one that it passes on, if the master is elsewhere."""
+    ranks = local_ranks(launcher_pid)
+    for pid in ranks.values():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+    if 0 not in ranks:
+        os.kill(launcher_pid, signal.SIGUSR2 if family == "openmpi" else signal.SIGTERM)
+
+
+def local_ranks(launcher_pid: int) -> dict[int, int]:
+    """Return rank and process of those that the launcher has started on this node, by itself or by a proxy."""
+    own = rank_of(dict(os.environ)) is not None
+    found: dict[int, int] = {}
+    level = {launcher_pid}
+    while level and not found and not own:  # a rank that we are would be seen in every process
+        level = set(children(level))
+        for pid in level:
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                rank = rank_of(environment_of(Path(f"/proc/{pid}")))
+                if rank is not None:
+                    found[rank] = pid
+    return found
 
 
 def check_program(words: list[str]) -> None:

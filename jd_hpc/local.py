@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,16 @@ from jd_hpc._batch import Buffer, Evaluator
 from jd_hpc.errors import Failure, JobError, PayloadError
 from jd_hpc.payload import as_rows, block_length, check_finite
 from jd_hpc.plan import Plan
+from jd_hpc.signals import Asked, pass_on
+from jd_hpc.walltime import Drain
 
 Attempts = list[tuple[int, str]]
 VERDICT_DELIVER = 0
 """As in scheduler.py."""
 
 
-def run_jobs(plan: Plan) -> int:
-    """Run until there is no job left; return how many there were.
+def run_jobs(plan: Plan, drain: Drain | None = None, asked: Asked | None = None) -> tuple[int, int]:
+    """Run until there is no job left, or no time; return how many jobs there were, and how many of them were put back.
 
     Raises
     ------
@@ -29,15 +32,23 @@ def run_jobs(plan: Plan) -> int:
     """
     evaluator = plan.evaluator()
     first = 0
+    took_s: list[float] = []
     try:
         while len(jobs := _next_batch(plan, first)):
+            begun = time.monotonic()
+            if drain is not None:
+                if asked is not None and asked.level:
+                    pass_on(drain, begun, asked.level, asked.number, 0)
+                if drain.tick(begun, took_s) == 0:
+                    return first + len(jobs), len(jobs)
             results, failures = _evaluate(plan, evaluator, jobs, first)
+            took_s = [(time.monotonic() - begun) / len(jobs)]
             attempts = _try_again(plan, evaluator, jobs, first, results, failures)
             _deliver(plan, first, jobs, results if isinstance(results, list) else _read_only(results), failures, attempts)
             first += len(jobs)
     finally:
         evaluator.close()
-    return first
+    return first, 0
 
 
 def _evaluate(plan: Plan, evaluator: Evaluator, jobs: Any, first: int) -> tuple[Any, dict[int, Failure]]:

@@ -49,6 +49,8 @@ class Plan:
         self.heartbeat_s: float = dispatcher.heartbeat_s
         self.job_timeout_s: float | None = dispatcher.job_timeout_s
         self.memory_limit: int | None = dispatcher.memory_limit
+        self.walltime = dispatcher.walltime
+        self.walltime_margin_s: float = dispatcher.walltime_margin_s
         self.payload_limit: int = dispatcher.payload_limit
         self.allow_nan: bool = bool(dispatcher.allow_nan)
         self.job_dtype = check_dtype(dispatcher.job_dtype, "job_dtype")
@@ -95,8 +97,11 @@ class Plan:
         batch_bytes = self.grain * self.job_rows.row_bytes
         return max(1, min(READ_AHEAD_BATCHES, READ_AHEAD_JOBS // self.grain, READ_AHEAD_BYTES // batch_bytes))
 
-    def evaluator(self) -> Evaluator:
-        """Return what runs a batch of jobs; whoever asks for it calls `close()` of it at last."""
+    def evaluator(self, on_wait: Callable[[], object] | None = None) -> Evaluator:
+        """Return what runs a batch of jobs; whoever asks for it calls `close()` of it at last.
+
+        With `isolate` it calls `on_wait` now and then while it waits; what that raises ends the batch.
+        """
         inner = Evaluator(self.process_job, self.process_jobs, self.job_rows, self.result_rows, self.allow_nan, self.kernel)
         if not self.isolate:
             return inner
@@ -107,6 +112,7 @@ class Plan:
             self.grain,
             job_timeout_s=self.job_timeout_s,
             memory_limit=self.memory_limit,
+            on_wait=on_wait,
         )
 
     def facts(self) -> dict[str, str]:

@@ -30,6 +30,7 @@ cdef class Scheduler:
     cdef readonly int waiting_count     # batches that wait for a slave
     cdef readonly int open_count        # slots that are not free
     cdef readonly int free_credit       # batches that the slaves that are up could still take
+    cdef readonly int held_count        # batches that slaves hold
     cdef readonly long long sent        # counters, for the whole run
     cdef readonly long long ended
     cdef readonly long long resent
@@ -70,6 +71,8 @@ cdef class Scheduler:
     cpdef int assign(self) noexcept nogil
     @cython.locals(slot=cython.int)
     cpdef int assign_local(self, bint struck_too=*, bint struck_wait=*) noexcept nogil
+    @cython.locals(slave=cython.int)
+    cpdef int limit_credit(self, int credit) noexcept nogil
     cpdef int on_ready(self, int slave) noexcept nogil
     @cython.locals(state=cython.int, newest=cython.int)
     cpdef int on_result(self, int slave, int slot, long long first, int jobs, int attempt) noexcept nogil

@@ -6,7 +6,8 @@ The rules it keeps:
 - A *batch* is the unit of dispatch: consecutive jobs that travel in one message. It lives in a *slot* of the ledger, which also
   names the buffer that holds its payload, so that memory is bounded by the number of slots.
 - Every batch that was submitted ends exactly once: `on_result` says VERDICT_DELIVER once for it, or `next_given_up` names it once.
-- A slave holds at most `credit` batches, and gets none unless it is up. One that is suspected keeps nothing: what it held is sent
+- A slave holds at most `credit` batches, and gets none unless it is up. `limit_credit` changes that in the middle of a run; with 0
+  nothing goes out any more. One that is suspected keeps nothing: what it held is sent
   to others; it is taken on again by `on_ready`.
 - Slaves take turns: the one that has waited longest gets the next batch.
 - The first valid answer wins, whoever it comes from; later ones are counted and dropped. An answer is valid when the slot
@@ -71,6 +72,7 @@ class Scheduler:
         self.batch_count = batch_count
         self.max_attempts = max_attempts
         self.up_count = self.suspect_count = self.ready_count = self.waiting_count = self.open_count = self.free_credit = 0
+        self.held_count = 0
         self.absent_count = slave_count
         self.sent = self.ended = self.resent = self.late = self.refused = self.lost = self.suspected = self.reinstated = 0
         self.slave_state = array("i", bytes(4 * (slave_count + 1)))
@@ -138,6 +140,7 @@ class Scheduler:
         self.batch_slave[slot] = slave
         self.batch_order[slot] = self.sent
         self.slave_held[slave] += 1
+        self.held_count += 1
         self.free_credit -= 1
         self.sent += 1
         if self.slave_held[slave] < self.credit:
@@ -163,6 +166,29 @@ class Scheduler:
                 self._give_up(slot)
         return -1
 
+    def limit_credit(self, credit: int) -> int:
+        """From now on a slave may hold so many batches; those that hold more keep them. 0: nothing goes out any more."""
+        if credit < 0:
+            return -1
+        self.credit = credit
+        self.free_credit = 0
+        for _ in range(self.ready_length):  # those that keep their turn first
+            slave = self.ready[self.ready_head]
+            self.ready_head = 0 if self.ready_head == self.slave_count else self.ready_head + 1
+            self.ready_length -= 1
+            self.slave_queued[slave] = 0
+            if self.slave_state[slave] != SLAVE_UP:
+                continue
+            self.ready_count -= 1
+            if self.slave_held[slave] < credit:
+                self._queue_slave(slave)
+        for slave in range(1, self.slave_count + 1):
+            if self.slave_state[slave] == SLAVE_UP and self.slave_held[slave] < credit:
+                self.free_credit += credit - self.slave_held[slave]
+                if not self.slave_queued[slave]:
+                    self._queue_slave(slave)
+        return 0
+
     # ---- events ------------------------------------------------------------------------------------------------------
 
     def on_ready(self, slave: int) -> int:
@@ -179,7 +205,7 @@ class Scheduler:
         self.free_credit += self.credit
         if self.slave_queued[slave]:  # its entry from before it was lost is still in the ring, and counts again
             self.ready_count += 1
-        else:
+        elif self.credit > 0:
             self._queue_slave(slave)
         return 0
 
@@ -343,9 +369,11 @@ class Scheduler:
 
     def _give_back(self, slave: int) -> None:
         self.slave_held[slave] -= 1
-        self.free_credit += 1
-        if not self.slave_queued[slave]:
-            self._queue_slave(slave)
+        self.held_count -= 1
+        if self.slave_held[slave] < self.credit:
+            self.free_credit += 1
+            if not self.slave_queued[slave]:
+                self._queue_slave(slave)
 
     def _queue_batch(self, slot: int) -> None:
         tail = self.waiting_head + self.waiting_count
@@ -372,8 +400,9 @@ class Scheduler:
         """Everything that a slave holds waits for another one, or is given up: how many batches that are."""
         if self.slave_state[slave] == SLAVE_UP:
             self.up_count -= 1
-            self.free_credit -= self.credit - self.slave_held[slave]
+            self.free_credit -= max(0, self.credit - self.slave_held[slave])
             self.ready_count -= self.slave_queued[slave]
+        self.held_count -= self.slave_held[slave]
         self.slave_held[slave] = 0
         struck = self.running(slave)
         count = 0

@@ -1,14 +1,109 @@
-"""Ctrl-C in the middle of a run: it must reach the user's code, but never between two ranks that are parting."""
+"""Signals in the middle of a run: Ctrl-C reaches the user's code, USR2 and TERM ask the run to drain.
+
+The rules it keeps:
+
+- Ctrl-C never comes between two ranks that are parting.
+- A handler of the user's own stays in place, and means what the user wants.
+- USR1 is never touched: Hydra sends it to all survivors when a rank dies.
+- The handlers only take a note; master and slaves look at it every few ms, and between jobs.
+"""
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from jd_hpc.errors import Unfinished
+from jd_hpc.walltime import TERM_LIMIT_S, Drain
+
 GIVE_UP_AFTER = 3
 """So many Ctrl-C while ranks part, and this one leaves without a goodbye."""
+DRAINS = (signal.SIGUSR2, signal.SIGTERM)
+AGAIN_S = 1.0
+"""A second TERM within this time is the first one come twice: from Slurm, and passed on by the supervisor or the launcher."""
+
+
+class Asked:
+    """What signals have asked of this process, and no run has answered yet.
+
+    Attributes
+    ----------
+    level : int
+        0: nothing. 1: to drain. 2: to do so within TERM_LIMIT_S. 3: at once.
+    number : int
+        The signal that raised the level last.
+    """
+
+    def __init__(self) -> None:
+        self.level = self.number = 0
+        self._term_at = math.inf
+
+    def hear(self, number: int, now: float) -> None:
+        """A signal came in."""
+        level = 1
+        if number == signal.SIGTERM:
+            level = 3 if now > self._term_at + AGAIN_S else 2
+            self._term_at = min(now, self._term_at)
+        if level > self.level:
+            self.level, self.number = level, number
+
+    def forget(self) -> None:
+        """The run has ended because of it."""
+        self.__init__()  # type: ignore[misc]
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """Take a note: the handler."""
+        self.hear(number, time.monotonic())
+
+
+def pass_on(drain: Drain, now: float, level: int, number: int, rank: int) -> None:
+    """Tell a drain what a signal at a rank asks for."""
+    reason = f"{signal.Signals(number).name} at rank {rank}"
+    drain.ask(now, reason, limit_s=math.inf if level < 2 else TERM_LIMIT_S, at_once=level > 2)
+
+
+asked = Asked()
+"""What this process was asked."""
+
+
+def remember() -> None:
+    """Have USR2 noted from now on: one that comes before a run, or between two, drains the next one."""
+    if signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL:
+        signal.signal(signal.SIGUSR2, asked.note)
+
+
+class Drains:
+    """Context of a run: USR2 and TERM are noted. Gives what they ask for; None to a run inside a job of another run.
+
+    Where Python's own handlers are not in place, or outside the main thread, nothing is changed.
+    """
+
+    _depth = 0
+
+    def __init__(self) -> None:
+        self._ours: list[signal.Signals] = []
+
+    def __enter__(self) -> Asked | None:
+        Drains._depth += 1
+        if Drains._depth > 1:
+            return None
+        if threading.current_thread() is threading.main_thread():
+            self._ours = [number for number in DRAINS if signal.getsignal(number) is signal.SIG_DFL]
+            for number in self._ours:
+                signal.signal(number, asked.note)
+        return asked
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        Drains._depth -= 1
+        for number in self._ours:
+            if signal.getsignal(number) == asked.note:  # a hook may have put its own there
+                signal.signal(number, signal.SIG_DFL)
+        if isinstance(error, Unfinished):
+            asked.forget()
 
 
 class Interrupts:

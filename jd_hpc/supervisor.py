@@ -120,6 +120,11 @@ def say_joined() -> None:
         _say(_JOINED)
 
 
+def is_there() -> bool:
+    """Tell whether this process has a supervisor over it."""
+    return _Rank.pid == os.getpid()
+
+
 def say_in_order() -> None:
     """Tell the supervisor that this rank ends in order: it finalizes MPI, or has none to finalize. Otherwise it died."""
     _say(_IN_ORDER)
@@ -149,7 +154,12 @@ def passes_code_on() -> bool:
 
     That is so for rank 0 under an Open MPI that was told to bear deaths: mpiexec may return 0 whatever MPI_Abort was given.
     """
-    return _Rank.pid == os.getpid() and os.environ.get(LINGER_VARIABLE) == "0" and "PMIX_RANK" in os.environ
+    return is_there() and os.environ.get(LINGER_VARIABLE) == "0" and "PMIX_RANK" in os.environ
+
+
+def is_of_terminal(told: signal.struct_siginfo) -> bool:
+    """Tell whether the terminal has sent a signal: then the whole foreground group has got it."""
+    return told.si_code == _SI_KERNEL
 
 
 def _do_nothing(number: int, frame: object) -> None:
@@ -219,7 +229,7 @@ def _wait(child: int, launcher: int) -> int:
         if pid:
             return os.waitstatus_to_exitcode(status)
         told = signal.sigtimedwait({*PASSED_ON, signal.SIGUSR1, signal.SIGCHLD}, LOOK_EVERY_S)
-        if told is not None and told.si_signo in PASSED_ON and told.si_code != _SI_KERNEL:
+        if told is not None and told.si_signo in PASSED_ON and not is_of_terminal(told):
             os.kill(child, told.si_signo)  # it cannot be another process by now: it was not waited for
         if os.getppid() != launcher:
             now = time.monotonic()
@@ -271,7 +281,7 @@ def _leave_a_watcher(launcher: int, pidfd: int) -> None:
         for fd in (0, 1, 2):  # the launcher waits until nobody can print any more
             os.dup2(nothing, fd)
         if not select.select([pidfd], [], [], 1.0)[0]:
-            for rank in _children(set(_children({launcher}))):
+            for rank in children(set(children({launcher}))):
                 with contextlib.suppress(OSError):
                     os.kill(rank, signal.SIGKILL)
             if not select.select([pidfd], [], [], WATCH_S)[0]:
@@ -280,7 +290,7 @@ def _leave_a_watcher(launcher: int, pidfd: int) -> None:
         os._exit(0)
 
 
-def _children(parents: set[int]) -> list[int]:
+def children(parents: set[int]) -> list[int]:
     """Return the processes of this node whose parent is one of these."""
     found = []
     for entry in Path("/proc").iterdir():
@@ -293,13 +303,14 @@ def _children(parents: set[int]) -> list[int]:
 
 def _pidfd_of_rank_0(launcher: int) -> int | None:
     """Find the process that the same launcher started as rank 0 on this node, and return a file that tells its end."""
-    for pid in _children({launcher}):
+    for pid in children({launcher}):
         with contextlib.suppress(OSError, ValueError):  # it ended meanwhile, or is not ours
-            if rank_of(_environment(Path(f"/proc/{pid}"))) == 0:
+            if rank_of(environment_of(Path(f"/proc/{pid}"))) == 0:
                 return os.pidfd_open(pid)
     return None
 
 
-def _environment(process: Path) -> dict[str, str]:
+def environment_of(process: Path) -> dict[str, str]:
+    """Return the environment with which a process was started, given its folder in /proc."""
     pairs = (line.partition("=") for line in (process / "environ").read_text(errors="replace").split("\0"))
     return {name: value for name, _, value in pairs}

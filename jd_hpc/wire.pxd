@@ -27,6 +27,7 @@ cdef enum:
     KIND_INTERRUPT = 6
     KIND_ERROR = 7
     KIND_FAILURES = 8
+    KIND_DRAIN = 9
 
 cdef struct Header:
     uint16_t magic          # MAGIC: anything else is not ours

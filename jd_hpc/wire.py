@@ -30,7 +30,7 @@ UNIT_FROM_BYTES: Final = 1 << 30
 """From here on a body is counted in units: MPI-3 counts are 32 bit."""
 UNIT_BYTES: Final = 1 << 20
 
-KINDS: Final = {"READY": 1, "JOBS": 2, "RESULTS": 3, "STOP": 4, "BYE": 5, "INTERRUPT": 6, "ERROR": 7, "FAILURES": 8}
+KINDS: Final = {"READY": 1, "JOBS": 2, "RESULTS": 3, "STOP": 4, "BYE": 5, "INTERRUPT": 6, "ERROR": 7, "FAILURES": 8, "DRAIN": 9}
 
 FAILURE_LENGTH_BYTES: Final = 8
 """FAILURES carries results, the pickled failures, and at the very end the length of the latter as an int64."""

@@ -11,6 +11,8 @@ What is checked (safety):
   slave is left. So a job is never given up unless slaves failed, as far as the master can know, while they ran its batch.
 - A batch of several jobs with one strike left is taken apart and never sent again. (`max_attempts` 1 leaves no time for that.)
 - The master never runs a job that was struck.
+- The credit may change at any time; at 0 nothing goes out. No change of it strikes a batch or counts as an attempt. A run that was
+  drained leaves jobs that never ended, but none of them is with a slave.
 """
 
 from __future__ import annotations
@@ -69,6 +71,7 @@ class Books:
     def __init__(self, module: ModuleType, scenario: Scenario, slots: int) -> None:
         self.module, self.scenario, self.slot_count = module, scenario, slots
         self.s = module.Scheduler(scenario.slaves, scenario.credit, slots, scenario.max_attempts)
+        self.credit = scenario.credit
         self.slaves = [Known() for _ in range(scenario.slaves + 1)]
         self.states = Counter(absent=scenario.slaves, up=0, suspect=0, lost=0)
         self.slots: list[Batch | None] = [None] * slots
@@ -100,6 +103,7 @@ class Books:
         self.check((s.first(slot), s.jobs(slot)) == (batch.first, batch.jobs), "other jobs go out", slot)
         self.check(s.attempt(slot) == batch.dispatches < DISPATCHES_MOST, f"attempt {batch.dispatches} is another", slot)
         self.check(self.reason(batch) == "", "it must not be sent again", slot)
+        self.check(self.credit > 0, "it goes out although nothing may", slot)
         batch.dispatches += 1
         dispatch = Dispatch(batch, slot, batch.first, batch.jobs, s.attempt(slot), batch.content)
         if number == 0:
@@ -112,7 +116,7 @@ class Books:
         slave.ready_since = -1
         slave.owes[slot] = dispatch
         self.worker[slot] = number
-        self.check(len(slave.owes) <= self.scenario.credit, f"slave {number} gets more than its credit", slot)
+        self.check(len(slave.owes) <= self.credit, f"slave {number} gets more than its credit", slot)
         self.dispatched += 1
         self.becomes_ready(slave)
         return dispatch
@@ -194,8 +198,18 @@ class Books:
             self.becomes_ready(slave)
 
     def becomes_ready(self, slave: Known) -> None:
-        if slave.state == "up" and len(slave.owes) < self.scenario.credit and slave.ready_since < 0:
+        if slave.state == "up" and len(slave.owes) < self.credit and slave.ready_since < 0:
             slave.ready_since = self.dispatched
+
+    def limited(self, credit: int, before: list[str]) -> None:
+        """From now on slaves get no more than so many batches at a time; the slots were like this before."""
+        after = [self.s.describe(slot) for slot in range(self.slot_count)]
+        self.check(before == after, f"the credit is {credit} now, and batches have changed: {before}, {after}")
+        self.credit = credit
+        for slave in self.slaves:
+            if len(slave.owes) >= credit:
+                slave.ready_since = -1
+            self.becomes_ready(slave)
 
     def oldest(self, number: int) -> int:
         """The slot that a slave runs, if it is what the master believes; or -1."""
@@ -237,16 +251,18 @@ class Books:
 
     def check_all(self) -> None:
         """Every slave and every slot: not at each step, since there are many."""
-        s, credit, free, ready = self.s, self.scenario.credit, 0, 0
+        s, credit, free, ready = self.s, self.credit, 0, 0
         for number in range(1, self.scenario.slaves + 1):
             slave = self.slaves[number]
             self.check(s.held(number) == len(slave.owes), f"slave {number} holds {s.held(number)}, but owes {slave.owes}")
             if slave.state == "up":
-                free += credit - len(slave.owes)
+                free += max(0, credit - len(slave.owes))
                 ready += len(slave.owes) < credit
                 self.check_turns(number)
         counts = s.free_credit, s.ready_count
         self.check(counts == (free, ready), f"free_credit and ready_count are {counts}, should be {free, ready}")
+        held = sum(len(slave.owes) for slave in self.slaves)
+        self.check(s.held_count == held, f"slaves hold {held} batches, the scheduler says {s.held_count}")
         used = self.slot_count - self.slots.count(None)
         self.check(s.open_count == used, f"{s.open_count} slots are open, should be {used}")
 
@@ -262,6 +278,9 @@ class Books:
         failed = [job for job, how in enumerate(self.how) if how == "failed"]
         self.check(failed == sorted(self.gave_up), f"the jobs {failed} ended otherwise than they were given up")
         left = [job for job, how in enumerate(self.how) if not how]
-        self.check(not left, f"the jobs {left} never ended")
-        self.check(self.s.open_count == 0, f"{self.s.open_count} slots never became free")
+        waiting = sum(batch is not None and not batch.ended for batch in self.slots)
+        self.check(self.s.held_count == 0, f"{self.s.held_count} batches are with slaves")
+        self.check(self.credit == 0 or not left, f"the jobs {left} never ended")
+        self.check(self.credit == 0 or waiting == 0, f"{waiting} batches never ended")
+        self.check(self.s.open_count == self.s.waiting_count == waiting, f"{self.s.open_count} slots never became free")
         self.check_all()

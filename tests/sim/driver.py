@@ -71,6 +71,13 @@ class Driver:
         self.works = False
         self.hears_answer(0, (dispatch.slot, dispatch.first, dispatch.jobs, dispatch.attempt), dispatch.content)
 
+    def limits(self, credit: int) -> None:
+        """The end of the allocation is near, or is not; or a signal came."""
+        before = [self.s.describe(slot) for slot in range(self.s.batch_count)]
+        self.books.check(self.s.limit_credit(credit) == 0, f"a credit of {credit} is refused")
+        self.books.limited(credit, before)
+        self.turn()
+
     # ---- what it does --------------------------------------------------------------------------------------------
 
     def turn(self) -> None:
@@ -79,7 +86,7 @@ class Driver:
         self._fetch()
         while (slot := self.s.assign()) >= 0:
             self.send(self.s.holder(slot), self.books.dispatches(slot))
-        while self.is_alone() and not self.works and self.s.waiting_count:
+        while self.books.credit and self.is_alone() and not self.works and self.s.waiting_count:
             slot = self.s.assign_local()
             self._settle()  # those that were struck
             if slot >= 0:
@@ -132,6 +139,8 @@ class Driver:
 
     def room(self) -> int:
         """How many batches the user may be asked for now."""
+        if self.books.credit == 0:
+            return 0
         if self.s.up_count == 0:
             return int(self.is_alone() and self.s.open_count == 0)
         return self.s.free_credit + self.scenario.read_ahead - self.s.waiting_count

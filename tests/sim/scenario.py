@@ -40,6 +40,8 @@ class Scenario:
     for_good: float = 0.2  # chance that a slave that was stopped never continues
     suspect_after: float = 1.5  # the master's patience with a silent slave
     lost_after: float = 5.0
+    limits: int = 0  # how often the master changes the credit that is given out, in the middle of the run
+    drains: bool = False  # ... at last to nothing: the run ends with what is in flight
     faults_until: float = 100.0  # then no more faults happen, but for those of poisonous jobs
 
     @property
@@ -73,6 +75,8 @@ class Scenario:
             faults_until=choice((3.0, 20.0)),
             hang_rate=choice((0.0, 0.3, 1.0)),
             **cls._random_faults(draw),
+            limits=choice((0, 0, 0, 1, 5)),
+            drains=one() < 0.15,
         )
         return replace(drawn, **fixed)
 

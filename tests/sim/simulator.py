@@ -308,6 +308,10 @@ class Simulation:
             if not slave.stopped:
                 self.says(slave, self.is_there)
 
+    def is_limited(self, credit: int) -> None:
+        self.out.faults["credit limited" if credit else "drained"] += 1
+        self.driver.limits(credit)
+
     def job_arrives(self) -> None:
         """The user has one more, and another one later."""
         self.driver.available += 1
@@ -327,6 +331,12 @@ class Simulation:
         faults += [(self.floods, scenario.flaps)] * scenario.floods
         for action, *args in faults if scenario.slaves else ():
             self.at(self.uniform() * span, action, self.random.choice(self.slaves[1:]), *args)
+        for _ in range(scenario.limits):
+            self.at(self.uniform() * span, self.is_limited, self.random.randint(0, scenario.credit))
+        if scenario.limits or scenario.drains:
+            self.at(span, self.is_limited, 0 if scenario.drains else scenario.credit)
+        if scenario.drains:
+            self.at(self.uniform() * span, self.is_limited, 0)
         if scenario.scarce:
             self.job_arrives()
         self.driver.turn()

@@ -140,7 +140,7 @@ def test_twenty_thousand_random_runs(compiled):
     assert closing.startswith("20,000 schedules from seed 0 in ")
     facts = closing.partition(" failed; ")[2].split(", ")
     seen = {name: int(number.replace(",", "")) for name, number in (fact.rsplit(" ", 1) for fact in facts)}
-    assert len(seen) == 33, f"a fault is missing among {seen}"
+    assert len(seen) == 35, f"a fault is missing among {seen}"
     assert min(seen.values()) > EACH_AT_LEAST, f"some faults were hardly tried: {seen}"
 
 
@@ -187,12 +187,15 @@ MUTATIONS = {
         "if False:\n                pass",
     ),
     "a batch that ended stays in the queue": ("self._unqueue_batch(slot)\n        self", "pass\n        self"),
-    "a slave gets more than its credit": ("if self.slave_held[slave] < self.credit:", "if True:"),
+    "a slave gets more than its credit": (
+        "if self.slave_held[slave] < self.credit:\n            self._queue_slave(slave)\n        return slot",
+        "if True:\n            self._queue_slave(slave)\n        return slot",
+    ),
     "a lost slave gets batches": (
         "if self.slave_state[slave] == SLAVE_UP:\n                self.ready",
         "if self.slave_state[slave] != SLAVE_SUSPECT:\n                self.ready",
     ),
-    "a lost slave's credit is not taken back": ("self.free_credit -= self.credit - self.slave_held[slave]", "pass"),
+    "a lost slave's credit is not taken back": ("self.free_credit -= max(0, self.credit - self.slave_held[slave])", "pass"),
     "who answered last gets the next batch": (
         "self.ready[tail] = slave\n",
         "self.ready_head = (self.ready_head or self.slave_count + 1) - 1; self.ready[self.ready_head] = slave\n",
@@ -237,6 +240,25 @@ MUTATIONS = {
         "                self.suspect_count -= 1; self.up_count += 1; self.free_credit += self.credit\n"
         "                return 0",
     ),
+    # ---- drain
+    "a slave that holds as much as it may keeps its turn": (
+        "if self.slave_held[slave] < credit:\n                self._queue",
+        "if True:\n                self._queue",
+    ),
+    "a slave that may hold more gets no turn": (
+        "if not self.slave_queued[slave]:\n                    self._queue_slave(slave)\n        return 0",
+        "pass\n        return 0",
+    ),
+    "a slave that answers gets more than is left to give": (
+        "if self.slave_held[slave] < self.credit:\n            self.free_credit",
+        "if True:\n            self.free_credit",
+    ),
+    "a slave that reports gets something when nothing goes out": ("elif self.credit > 0:", "else:"),
+    "what a lost slave held counts as held": ("self.held_count -= self.slave_held[slave]", "pass"),
+    "a slave above its credit gives back too much": (
+        "max(0, self.credit - self.slave_held[slave])",
+        "self.credit - self.slave_held[slave]",
+    ),
     "attempts do not grow": ("self.batch_attempt[slot] += 1", "pass"),
 }
 
@@ -250,7 +272,7 @@ def test_a_planted_fault_is_found(mutant, name):
     for scenario in PLANTED_RUNS:
         try:
             run(module, scenario)
-        except SimulationError:
+        except (SimulationError, IndexError):  # its own rings may overflow before the books notice
             return
     pytest.fail(f"{len(PLANTED_RUNS)} runs did not notice that {name}")
 
