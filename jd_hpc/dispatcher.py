@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from operator import index
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 
 from jd_hpc import chaos, ending, local
 from jd_hpc.errors import JobError, MasterLostError
+from jd_hpc.journal import Journal, path_of
 from jd_hpc.machine import LEAST_HEARTBEAT_S, Channel, LocalMachine, MPIMachine, as_machine, load_core
 from jd_hpc.plan import Hook, Plan
 from jd_hpc.signals import Interrupts
@@ -82,7 +85,9 @@ class JobDispatcher:
         Tells slots, hosts and who is master.
     stats : dict of str to int
         On the master, after a run: jobs, messages sent and refused, slaves lost, suspected and reinstated, batches sent again, late
-        results dropped.
+        results dropped, results that came from the journal.
+    from_journal : bool
+        On the master: True while `process_result` or `process_results` is called with results that the journal had already.
     """
 
     job_dtype: Any = None
@@ -90,6 +95,7 @@ class JobDispatcher:
     kernel: Any = None
     allow_nan: bool = True
     payload_limit: int = 1 << 36
+    from_journal: bool = False
 
     def __init__(
         self,
@@ -191,6 +197,14 @@ class JobDispatcher:
         """
         raise NotImplementedError
 
+    def job_key(self, job: Any) -> Any:
+        """Master, with a journal and jobs that are objects: return what identifies a job, the job itself by default.
+
+        The journal compares the pickle of this (or these bytes, if it returns bytes) from run to run. Override it where equal jobs
+        may pickle differently, as sets of strings do.
+        """
+        return job
+
     def on_startup(self) -> None:
         """Every rank, at the start of every run; `self.machine.is_master` tells which."""
 
@@ -214,8 +228,15 @@ class JobDispatcher:
 
     # ---- the run -----------------------------------------------------------------------------------------------------
 
-    def run(self) -> Any:
+    def run(self, journal: str | os.PathLike[str] | None = None) -> Any:
         """Run all jobs. Every rank of the vm must call it.
+
+        Parameters
+        ----------
+        journal : path, optional
+            A file that gets every delivered result. What it has already, from a run of the same jobs that did not come to its end,
+            is delivered first, with `from_journal` set, and only the rest is computed. Default: what the environment variable
+            JD_HPC_JOURNAL names, if it is set. Only the master reads and writes it. More is in docs/journal.md.
 
         Returns
         -------
@@ -226,6 +247,9 @@ class JobDispatcher:
         ------
         JobError
             On the master, if a job failed and `process_failure` is not overridden.
+        JournalError
+            On the master, one of its kinds: if another run writes this journal, if it belongs to other jobs, is damaged, or cannot
+            be written.
         JdError
             Others of its kinds for bad jobs, bad results and ranks that disagree; each names its cause and cure.
         Exception
@@ -234,7 +258,7 @@ class JobDispatcher:
         self._set_up_logging()
         machine = self.machine
         if isinstance(machine, LocalMachine) or machine.size == 1:
-            return self._run_local()
+            return self._run_local(path_of(journal))
         core = load_core()
         channel = machine.channel()
         chaos.arm_from_environment(machine.rank, machine.size)
@@ -243,41 +267,54 @@ class JobDispatcher:
                 channel.handle, channel.next_run(), channel.body_turn, channel.early, channel.dead, channel.missing
             )
             with Interrupts(master):
-                return self._run_master(machine, channel, master)
+                return self._run_master(machine, channel, master, path_of(journal))
         slave = core.Slave(channel.handle, channel.next_run(), channel.body_turn)
         with Interrupts(slave):
             return self._run_slave(channel, slave)
 
-    def _run_local(self) -> Any:
+    def _run_local(self, journal: str | None) -> Any:
         try:
             plan = self._plan()
-            self.on_startup()
-            self.reset()
-            count = local.run_jobs(plan)
+            with self._journal(journal, plan):
+                self.on_startup()
+                self.reset()
+                count = local.run_jobs(plan)
+            if plan.journal is not None:
+                self.stats = {"jobs": count, "from journal": plan.journal.delivered}
+                count -= plan.journal.delivered
             self._log("%d jobs were evaluated locally", count)
             return self.postprocess()
         finally:
             self.on_shutdown()
 
-    def _run_master(self, machine: MPIMachine, channel: Channel, master: Any) -> Any:
+    def _journal(self, path: str | None, plan: Plan) -> contextlib.AbstractContextManager[Any]:
+        """Open the run's journal, if it is to have one."""
+        if path is None:
+            return contextlib.nullcontext()
+        plan.journal = Journal(path, plan, self)
+        return plan.journal
+
+    def _run_master(self, machine: MPIMachine, channel: Channel, master: Any, journal: str | None) -> Any:
         usable = machine.size - 1 if self.max_slaves is None else min(self.max_slaves, machine.size - 1)
         alone = usable < max(1, self.min_slaves)
         self._log("run %d: %d slaves%s", master.run, usable, ", too few: the master evaluates the jobs" if alone else "")
         try:
-            try:
-                plan = self._plan()
-                master.begin(plan, 0 if alone else usable)
-                self._watch(channel, master, plan)
-                machine.busy = master.busy_slaves
-                self.on_startup()
-                self.reset()
-                master.run_jobs()
-            finally:  # the slaves leave the run first, whatever happened
-                machine.busy = None
-                master.stop()
-                self.stats = master.counters()
-                if master.failed:
-                    channel.note_failures()
+            with contextlib.ExitStack() as journaled:
+                try:
+                    plan = self._plan()
+                    journaled.enter_context(self._journal(journal, plan))
+                    master.begin(plan, 0 if alone else usable)
+                    self._watch(channel, master, plan)
+                    machine.busy = master.busy_slaves
+                    self.on_startup()
+                    self.reset()
+                    master.run_jobs()
+                finally:  # the slaves leave the run first, whatever happened
+                    machine.busy = None
+                    master.stop()
+                    self.stats = master.counters()
+                    if master.failed:
+                        channel.note_failures()
             self._log("run %d: %s", master.run, self.stats)
             return self.postprocess()
         finally:

@@ -84,6 +84,26 @@ class BeatError(JdError, OSError):
     """The connection by which the master knows that a slave is alive cannot be opened."""
 
 
+class JournalError(JdError, RuntimeError):
+    """Base of the errors about the journal of a run."""
+
+
+class JournalHeldError(JournalError):
+    """Another process writes this journal, or has taken it over."""
+
+
+class JournalMismatchError(JournalError):
+    """The journal belongs to another set of jobs."""
+
+
+class JournalFormatError(JournalError):
+    """The file is no journal, one of a newer version, or damaged."""
+
+
+class JournalWriteError(JournalError):
+    """The journal cannot be opened or written: no folder, no right, no room."""
+
+
 REPORT_PART_BYTES = 1 << 20
 """A report of a failure is cut where it is longer: it must reach the master whatever the exception carries."""
 

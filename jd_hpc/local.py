@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,9 @@ from jd_hpc._batch import Buffer, Evaluator
 from jd_hpc.errors import Failure, JobError, PayloadError
 from jd_hpc.payload import as_rows, block_length, check_finite
 from jd_hpc.plan import Plan
+
+if TYPE_CHECKING:
+    from jd_hpc.journal import Journal
 
 Attempts = list[tuple[int, str]]
 
@@ -26,16 +29,37 @@ def run_jobs(plan: Plan) -> int:
         If a job is not what was declared.
     """
     evaluator = plan.evaluator()
-    first = 0
     try:
+        if plan.journal is not None and plan.journal.replays:
+            first, is_over = _replay(plan, plan.journal, evaluator)
+            if is_over:
+                return first
+        else:
+            first = 0
         while len(jobs := _next_batch(plan, first)):
-            results, failures = _evaluate(plan, evaluator, jobs)
-            attempts = _try_again(plan, evaluator, jobs, results, failures)
-            _deliver(plan, first, jobs, results if isinstance(results, list) else _read_only(results), failures, attempts)
+            _run(plan, evaluator, first, jobs)
             first += len(jobs)
     finally:
         evaluator.close()
     return first
+
+
+def _replay(plan: Plan, journal: Journal, evaluator: Evaluator) -> tuple[int, bool]:
+    """Deliver what the journal has, and run what it lacks, in batches as they were; tell how many that was, and if it was all."""
+    while journal.replays:
+        holes, is_none = journal.replay(plan.grain)
+        for index, job in holes:
+            _run(plan, evaluator, index, [job] if plan.job_dtype is None else _read_only(_rows([job], plan.job_dtype)))
+        if is_none and not holes:
+            return journal.next_index, True
+    return journal.next_index, False
+
+
+def _run(plan: Plan, evaluator: Evaluator, first: int, jobs: Any) -> None:
+    """Evaluate a batch and hand over what came of it."""
+    results, failures = _evaluate(plan, evaluator, jobs)
+    attempts = _try_again(plan, evaluator, jobs, results, failures)
+    _deliver(plan, first, jobs, results if isinstance(results, list) else _read_only(results), failures, attempts)
 
 
 def _evaluate(plan: Plan, evaluator: Evaluator, jobs: Any) -> tuple[Any, dict[int, Failure]]:
@@ -80,12 +104,17 @@ def _next_batch(plan: Plan, first: int) -> Any:
             jobs.append(job if plan.job_dtype is None else _row(job, plan.job_dtype, first + len(jobs)))
         if plan.job_dtype is None or not jobs:
             return jobs
-        rows = np.empty(len(jobs), plan.job_dtype)
-        for at, row in enumerate(jobs):
-            rows[at] = row
+        rows = _rows(jobs, plan.job_dtype)
     if not plan.allow_nan:
         check_finite(rows, "what next_job returned")
     return _read_only(rows)
+
+
+def _rows(jobs: list[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    rows = np.empty(len(jobs), dtype)
+    for at, row in enumerate(jobs):
+        rows[at] = row
+    return rows
 
 
 def _row(job: Any, dtype: np.dtype[Any], index: int) -> NDArray[Any]:
@@ -99,10 +128,13 @@ def _row(job: Any, dtype: np.dtype[Any], index: int) -> NDArray[Any]:
 
 def _deliver(plan: Plan, first: int, jobs: Any, results: Any, failures: dict[int, Failure], attempts: dict[int, Attempts]) -> None:
     """Hand over a batch: results first where they go as a block, else in the order of the jobs."""
-    if plan.process_results is not None and len(failures) < len(jobs):
+    record = None if plan.journal is None else plan.journal.record
+    takers = [take for take in (record, plan.process_results) if take is not None]
+    if takers and len(failures) < len(jobs):
         good = [at for at in range(len(jobs)) if at not in failures]
         indices = _read_only(first + np.array(good, "i8"))
-        plan.process_results(indices, _pick(jobs, good), _pick(results, good))
+        for take in takers:
+            take(indices, _pick(jobs, good), _pick(results, good))
     for at in range(len(jobs)):
         if at in failures:
             plan.process_failure(first + at, jobs[at], JobError(first + at, 0, failures[at], attempts.get(at, ())))

@@ -13,6 +13,7 @@ from jd_hpc.wire import PROTOCOL
 
 if TYPE_CHECKING:
     from jd_hpc.dispatcher import JobDispatcher
+    from jd_hpc.journal import Journal
 
 Hook = Callable[..., Any]
 
@@ -79,6 +80,7 @@ class Plan:
         self.on_result = own("on_result")
         self.kernel = self._kernel(dispatcher.kernel)
         self.read_ahead = self._read_ahead()
+        self.journal: Journal | None = None  # on the master, if the run has one
 
     def _kernel(self, given: Any) -> kernels.Kernel | None:
         if given is None:
