@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from jd_hpc._batch import Rows, fingerprints
 from jd_hpc.errors import JobError, JournalMismatchError, PayloadError
-from jd_hpc.journal_file import CHUNK_BYTES, Fingerprints, Indices, Piece, dtype_text
+from jd_hpc.journal_file import CHUNK_BYTES, Fingerprints, Indices, Piece, Table, dtype_text
 from jd_hpc.journal_writer import JournalWriter, new_facts
 from jd_hpc.payload import as_rows, block_length, check_finite, pack
 
@@ -118,7 +118,7 @@ class Journal:
         self.next_index = self.delivered = 0
         job, result = dtype_text(plan.job_dtype, "job_dtype"), dtype_text(plan.result_dtype, "result_dtype")
         self._writer = JournalWriter(path, new_facts(result, job, type(dispatcher).__qualname__))
-        self._table, self._reader = self._writer.table, self._writer.reader
+        self._table, self._reader = self._writer.take_table(), self._writer.reader
         self.replays = self._table.end > 0
         if self._job_rows is None:
             plan.next_job = self._noting_next_job
@@ -232,11 +232,13 @@ class Journal:
         if len(wrong):
             raise self._mismatch(first + int(wrong[0]))
         self.next_index = first + count
-        self.replays = self.next_index < self._table.end
         places = np.flatnonzero(stored)
         if len(places):
             self._deliver(first + places, _pick(jobs, places))
         holes = [(first + at, self._own(self._job_rows, jobs, at)) for at in np.flatnonzero(~stored).tolist()]
+        self.replays = self.next_index < self._table.end
+        if not self.replays:
+            self._table = Table(False)  # it may have been large
         return holes, is_none and not len(places)
 
     def _pull(self, count: int) -> tuple[Any, bool]:

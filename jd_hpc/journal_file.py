@@ -164,6 +164,8 @@ class JournalReader:
         What stands at its beginning.
     dtype : numpy.dtype or None
         Of the results; None for objects.
+    first_at : int
+        Where the blocks of results begin.
     damage : list of Damage
         What the last `blocks` passed over.
     """
@@ -177,7 +179,7 @@ class JournalReader:
             raise JournalWriteError(f"the journal {path} cannot be opened: {error.strerror}") from error
         self.damage: list[Damage] = []
         try:
-            self.facts, self._first = self._read_facts()
+            self.facts, self.first_at = self._read_facts()
             self.dtype = dtype_of(self.facts.result)
         except BaseException:
             self.close()
@@ -256,7 +258,7 @@ class JournalReader:
     def blocks(self) -> Iterator[Block]:
         """Find all whole blocks of results. What is broken is passed over, and noted in `damage`."""
         self.damage = []
-        at, size = self._first, os.fstat(self.fd).st_size
+        at, size = self.first_at, os.fstat(self.fd).st_size
         while at < size:
             block = self._block(at, size)
             if block is None:
@@ -286,6 +288,8 @@ class JournalReader:
         assert self.dtype is not None
         assert self._row_bytes is not None
         row_bytes = self._row_bytes
+        if len(offsets) and (np.diff(offsets) == row_bytes).all():  # they lie in a row, as most do
+            return np.ndarray((len(offsets),), self.dtype, self._all(int(offsets[0]), len(offsets) * row_bytes))
         out = np.empty((len(offsets), row_bytes), "u1")
         order = np.argsort(offsets, kind="stable")
         in_order = offsets[order]
@@ -360,7 +364,7 @@ class Table:
         self.end = max(self.end, end)
         if end <= len(self.offsets):
             return
-        length = max(end, 2 * len(self.offsets), 1024)
+        length = end + end // 4
         self.fingerprints = _longer(self.fingerprints, length, 0)
         self.offsets = _longer(self.offsets, length, -1)
         if self.sizes is not None:
@@ -392,7 +396,7 @@ def load(reader: JournalReader) -> tuple[Table, int]:
         If it is damaged where it was on the disk already.
     """
     table = Table(reader.dtype is None)
-    synced, good, end, beyond = 0, 0, reader._first, 0
+    synced, good, end, beyond = 0, 0, reader.first_at, 0
     for block in reader.blocks():
         synced = max(synced, block.synced)
         if reader.damage:

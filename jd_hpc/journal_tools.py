@@ -262,28 +262,27 @@ def _write_parquet(reader: JournalReader, table: Table, out: str | None) -> None
         import pyarrow.parquet
     except ImportError as error:
         raise JournalWriteError("Parquet needs pyarrow, which is not there: pip install pyarrow, or take .csv or .npy") from error
+    if reader.dtype is None:
+        cells = [_cell(value) for _, objects in _parts(reader, table) for value in objects]
+        if len({type(cell) for cell in cells}) > 1:  # a column has one type
+            cells = [None if cell is None else str(cell) for cell in cells]
+        pyarrow.parquet.write_table(pyarrow.table({"index": table.indices(), "result": cells}), out)
+        return
     taken = columns(reader.dtype)
-    writer = None
-    try:
+    with contextlib.ExitStack() as stack:
+        writer = None
         for indices, rows in _parts(reader, table):
-            arrays = {"index": indices}
-            for name, take in taken:
-                column: Any = take(rows)
-                if reader.dtype is None:
-                    column = [_cell(value) for value in column]
-                    if len({type(value) for value in column}) > 1 or writer is not None:
-                        column = [None if value is None else str(value) for value in column]
-                elif column.dtype.kind in "cV":
-                    column = [str(value) for value in column.tolist()]
-                elif not column.dtype.isnative:
-                    column = column.astype(column.dtype.newbyteorder("="))
-                arrays[name] = column
-            part = pyarrow.table(arrays)
-            writer = writer or pyarrow.parquet.ParquetWriter(out, part.schema)
+            part = pyarrow.table({"index": indices} | {name: _arrow_ready(take(rows)) for name, take in taken})
+            if writer is None:
+                writer = stack.enter_context(pyarrow.parquet.ParquetWriter(out, part.schema))
             writer.write_table(part)
-    finally:
-        if writer is not None:
-            writer.close()
+
+
+def _arrow_ready(column: NDArray[Any]) -> Any:
+    """What Parquet has no type for goes as text."""
+    if column.dtype.kind in "cV":
+        return [str(value) for value in column.tolist()]
+    return np.ascontiguousarray(column.astype(column.dtype.newbyteorder("=")))
 
 
 # ---- merge -----------------------------------------------------------------------------------------------------------
@@ -324,7 +323,7 @@ def merge(out: str, paths: list[str], numbering: str) -> None:
                 first, step = {"append": (merged.table.end, 1), "interleave": (number, len(readers))}.get(numbering, (0, 1))
                 merged.take_over(reader, first, step)
             os.fsync(fd)
-        os.link(made, out)  # fails if somebody has made it meanwhile
+        Path(made).rename(out)
     except OSError as error:
         raise JournalWriteError(f"{out} cannot be written: {error.strerror}") from error
     finally:

@@ -78,8 +78,6 @@ class JournalWriter:
     ----------
     reader : JournalReader
         Reads what was there.
-    table : Table
-        What was there. It does not grow.
     """
 
     def __init__(self, path: str, facts: Facts) -> None:
@@ -100,7 +98,7 @@ class JournalWriter:
         self._thread = threading.Thread(target=self._run, name="jd_hpc journal")
         self._thread.start()  # from now on the lock gives signs of life
         try:
-            self.reader, self.table = self._open(facts)
+            self.reader, self._table = self._open(facts)
         except BaseException:
             self.close()
             raise
@@ -136,6 +134,11 @@ class JournalWriter:
                 )
 
     # ---- the master's side ---------------------------------------------------------------------------------------
+
+    def take_table(self) -> Table:
+        """Return what was there when the file was opened: the caller's from now on, since it may be large."""
+        table, self._table = self._table, Table(False)
+        return table
 
     def add(self, count: int, pieces: list[Piece]) -> None:
         """Lay down results: it is `Record`.
@@ -194,10 +197,14 @@ class JournalWriter:
         if now - self._renewed_s >= RENEW_S:
             self._renewed_s = now
             self._lock.renew()
+        if self._error is not None:
+            return
         try:
-            if self._waiting and self._error is None:
+            while self._waiting:
                 self._write_waiting()
-            if self._synced < self._end and self._error is None and (last or now - self._synced_s >= FLUSH_S):
+                if not last:  # at full rate there is always more: the lock must have its turn too
+                    break
+            if self._synced < self._end and (last or now - self._synced_s >= FLUSH_S):
                 self._synced_s = now
                 self._sync()
         except JournalError as error:
@@ -205,6 +212,8 @@ class JournalWriter:
         except BaseException as error:
             self._error = JournalWriteError(f"the journal {self.path} cannot be written: {type(error).__name__}: {error}")
             self._error.__cause__ = error
+        if self._error is not None:
+            self._waiting.clear()
         self._taken.set()
 
     def _write_waiting(self) -> None:
