@@ -256,9 +256,10 @@ class JobDispatcher:
             Whatever a hook of the master raised, after all slaves have left the run.
         """
         self._set_up_logging()
+        path = path_of(journal)
         machine = self.machine
         if isinstance(machine, LocalMachine) or machine.size == 1:
-            return self._run_local(path_of(journal))
+            return self._run_local(path)
         core = load_core()
         channel = machine.channel()
         chaos.arm_from_environment(machine.rank, machine.size)
@@ -267,7 +268,7 @@ class JobDispatcher:
                 channel.handle, channel.next_run(), channel.body_turn, channel.early, channel.dead, channel.missing
             )
             with Interrupts(master):
-                return self._run_master(machine, channel, master, path_of(journal))
+                return self._run_master(machine, channel, master, path)
         slave = core.Slave(channel.handle, channel.next_run(), channel.body_turn)
         with Interrupts(slave):
             return self._run_slave(channel, slave)

@@ -116,13 +116,12 @@ class JournalWriter:
             raise JournalWriteError(f"the journal {self.path} cannot be {kind}: {error.strerror}") from error
         reader = JournalReader(self.path, self._fd)
         self._compare(facts, reader.facts)
-        table, end = load(reader)
+        table, end, self._synced = load(reader)
         torn = os.fstat(self._fd).st_size - end
         if torn:
             logger.info("the journal %s ends in %d bytes that were not written to the end: they are cut off", self.path, torn)
             os.ftruncate(self._fd, end)
-        os.fsync(self._fd)
-        self._synced = self._end = end
+        self._end = end
         return reader, table
 
     def _compare(self, mine: Facts, found: Facts) -> None:
@@ -274,7 +273,6 @@ def make_file(path: str, facts: Facts) -> None:
         fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         try:
             write_all(fd, [beginning(facts)])
-            os.fsync(fd)
         finally:
             os.close(fd)
         Path(new).replace(path)

@@ -18,7 +18,7 @@ from jd_hpc.journal_file import JournalReader
 folder, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 journal, evaluations = folder / "a.journal", folder / "evaluations"
 COUNT = 2000
-MOST_S = 0.04
+MOST_S = 0.06
 chance = random.Random(seed)
 
 
@@ -65,6 +65,9 @@ def killed_run(dispatcher):
             dispatcher().run(journal=journal)
         finally:
             os._exit(0)
+    if chance.random() < 0.7:  # else it may be opening the file
+        while not evaluations.exists() and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            time.sleep(0.001)
     time.sleep(chance.uniform(0, MOST_S))
     os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
