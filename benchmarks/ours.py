@@ -3,9 +3,12 @@
     mpiexec -n 4 python ours.py kernel  --library add_kernel.so [--grain 1] [--credit 4] [--seconds 1]
     mpiexec -n 4 python ours.py block   [--grain 1000]    block hooks in Python on both sides
     mpiexec -n 4 python ours.py single  [--grain 1]       single hooks in Python on both sides
+    mpiexec -n 2 python ours.py paced   [--grain 100]     block hooks, every job takes 10 us
     mpiexec -n 2 python ours.py payload [--bytes 1000000] jobs and results of that size, echoed
     mpiexec -n 2 python ours.py memory  --library add_kernel.so
     mpiexec -n 4 python ours.py idle
+
+With --journal FILE the runs of kernel, block, single and paced write one.
 
 "rate" is in jobs per second of the loop, from the first call of `next_job` to the last of `process_result`, as
 reference.c takes it; "run_rate" counts all of `run()`, as peers.py does.
@@ -37,9 +40,12 @@ class Measured(JobDispatcher):
 
     job_dtype = np.dtype(("f8", 2))
     result_dtype = np.dtype("f8")
+    journal: str | None = None
 
     def prepare(self, count: int) -> None:
         """Make ready for a run of `count` jobs; what is allocated here is not part of the time."""
+        if self.journal is not None:
+            Path(self.journal).unlink(missing_ok=True)
         self.count = count
         self.asked = self.done = 0
         self.first_s = self.last_s = 0.0
@@ -99,6 +105,16 @@ class BlockForm(Blocks):
         super().check()
         if not (self.results == RESULT).all():
             raise RuntimeError("a result is missing")
+
+
+class PacedForm(BlockForm):
+    """The same, with jobs that take 10 us of a core each: 100,000 of them a second."""
+
+    def process_jobs(self, jobs: NDArray[Any], results: NDArray[Any]) -> None:
+        end = time.perf_counter() + 10e-6 * len(jobs)
+        results[:] = RESULT
+        while time.perf_counter() < end:
+            pass
 
 
 class SingleForm(Measured):
@@ -213,7 +229,7 @@ def timed(sweep: Measured, seconds: float, trial: int, at_most: int) -> Record |
         if is_master:
             sweep.prepare(count)
         start = time.perf_counter()
-        sweep.run()
+        sweep.run(journal=sweep.journal)
         run_s = time.perf_counter() - start
         if is_master:
             sweep.check()
@@ -270,15 +286,17 @@ def run_idle() -> Record | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("form", choices=["kernel", "block", "single", "payload", "memory", "idle"])
+    parser.add_argument("form", choices=["kernel", "block", "single", "paced", "payload", "memory", "idle"])
     parser.add_argument("--library", help="shared library made of kernel.c")
     parser.add_argument("--grain", type=int, default=1, help="jobs per message")
     parser.add_argument("--credit", type=int, default=4, help="messages in flight per slave")
     parser.add_argument("--seconds", type=float, default=1.0, help="length of the timed run")
     parser.add_argument("--bytes", type=int, default=1_000_000, help="size of a payload")
     parser.add_argument("--many", type=int, default=10_000_000, help="jobs of the long run of `memory`")
+    parser.add_argument("--journal", help="a file for the results")
     arguments = parser.parse_args()
 
+    Measured.journal = arguments.journal
     if arguments.library:
         kernel = KERNEL(("add_kernel", ctypes.CDLL(arguments.library)))
         KernelForm.kernel = ConstantMemory.kernel = kernel
@@ -295,6 +313,7 @@ def main() -> None:
             "kernel": (KernelForm, 20_000_000),
             "block": (BlockForm, 20_000_000),
             "single": (SingleForm, 5_000_000),
+            "paced": (PacedForm, 5_000_000),
             "payload": (PayloadForm, 100_000),
         }[arguments.form]
         sweep = form(vm=MPI.COMM_WORLD, grain=arguments.grain, credit=arguments.credit)

@@ -207,6 +207,20 @@ class Suite:
             ours, theirs = (column(got[label], "bytes_per_second") for label in ("ours", "c"))
             self.add_ratio("payload", name, 2, "bytes/s", ours, theirs, 0.9)
 
+    def journal(self) -> None:
+        """What a journal costs: the same run with one and without."""
+        for form, what, target in (
+            ("paced", "block hooks, 100 k jobs/s", 0.95),
+            ("single", "single hooks, full speed", None),
+            ("block", "block hooks, full speed", None),
+        ):
+            command = self.ours(2, form, 100)
+            path = self.launcher.build / "bench.journal"
+            with_journal = self.ours(2, form, 100, 4, "--journal", path)
+            got = self.rounds({"ours": with_journal, "without": command})
+            ours, theirs = column(got["ours"], "rate"), column(got["without"], "rate")
+            self.add_ratio("journal", f"with a journal / without, {what}, grain 100", 2, "jobs/s", ours, theirs, target)
+
     def memory(self) -> None:
         """What the master's memory grows by from 10^5 to 10^7 jobs."""
         many = 1_000_000 if self.quick else 10_000_000
@@ -238,7 +252,7 @@ class Suite:
             self.add_ratio("oversubscribed", name, 8, "jobs/s", rates["8"], rates["3"], 0.5)
 
 
-PARTS = ("kernel", "block", "single", "payload", "memory", "idle", "oversubscribed")
+PARTS = ("kernel", "block", "single", "payload", "journal", "memory", "idle", "oversubscribed")
 
 
 def main() -> int:

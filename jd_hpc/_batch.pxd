@@ -21,6 +21,7 @@ cdef class Rows:
     cdef int put(self, char *where, object value, str what) except -1
     cdef bint same_kind(self, cnp.ndarray array) noexcept
     cdef bint same_shape(self, cnp.ndarray array, int lead) noexcept
+    cdef char *place(self, cnp.ndarray rows, int64_t at) except NULL
     cdef cnp.ndarray as_block(self, object value, str what)
     cdef object take(self, const char *where)
 

@@ -52,9 +52,6 @@ class Survivor(JobSender):
     def watch_over(self, watch: Watch, acknowledge: Callable[[], list[int]], grace_s: float) -> None: ...
 
 @disjoint_base
-class Deliverer(Survivor): ...
-
-@disjoint_base
 class Drainer(Survivor):
     left: tuple[int, int, int] | None
     def drain_by(self, drain: Drain, asked: Asked | None) -> None: ...

@@ -174,6 +174,9 @@ cdef class Deliverer(Drainer):
         cdef int64_t *indices = <int64_t *> self.collected_indices.data
         cdef object process_result = self.plan.process_result
         self.collected = 0
+        if self.journal is not None:
+            self.journal.record(self.collected_indices.rows[:count], self.collected_jobs.rows[:count],
+                                self.collected_results.rows[:count])
         if not self.in_blocks:
             for i in range(count):
                 if self.keeps_history:
@@ -197,8 +200,14 @@ cdef class Deliverer(Drainer):
         slot, slave, results, failures = parcel
         first, count = self.scheduler.first(slot), self.scheduler.jobs(slot)
         jobs = self.jobs_of(slot, count)
+        if self.journal is not None:
+            self.hand_block(self.journal.record, first, count, jobs, results, failures)
         if self.in_blocks:
-            self.deliver_block(first, count, jobs, results, failures)
+            if self.keeps_history:
+                for i in range(count):
+                    if i not in failures:
+                        self.lines.delivered(first + i, 1)
+            self.hand_block(self.plan.process_results, first, count, jobs, results, failures)
         for i in range(count):
             if i in failures:
                 self.deliver_failure(slot, slave, first + i, row_of(self.job_rows, jobs, i), failures[i])
@@ -224,18 +233,28 @@ cdef class Deliverer(Drainer):
         return 0
 
     @cython.final
-    cdef int deliver_block(self, int64_t first, int count, jobs, results, dict failures) except -1:
-        cdef int i
+    cdef int hand_block(self, take, int64_t first, int count, jobs, results, dict failures) except -1:
+        """Call `take` with what did not fail."""
         cdef list good
         good = [i for i in range(count) if i not in failures]
         if not good:
             return 0
-        if self.keeps_history:
-            for i in good:
-                self.lines.delivered(first + i, 1)
         indices = np.array(good, "i8") + first
         indices.flags.writeable = False
-        self.plan.process_results(indices, pick(jobs, good, count), pick(results, good, count))
+        take(indices, pick(jobs, good, count), pick(results, good, count))
+        return 0
+
+    # ---- stored results ------------------------------------------------------------------------------------------
+
+    @cython.final
+    cdef int replay(self) except -1:
+        """Hand over stored results. Jobs without one go out singly, so that what is stored does not wait for a slave."""
+        holes, self.exhausted = self.journal.replay(self.holes_most - self.again_count)
+        for index, job in holes:
+            self.retry(index, job, 0, [])
+        self.next_index = self.journal.next_index
+        self.replays = self.journal.replays
+        self.holes_most = self.journal.holes_most
         return 0
 
 

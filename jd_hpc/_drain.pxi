@@ -61,16 +61,23 @@ cdef class Drainer(Survivor):
             self.cut_off = self.attention = True
         return 0
 
+    @cython.final
+    cdef bint can_replay(self) noexcept nogil:
+        """Whether the journal may have results for the jobs that the user gives next."""
+        return self.replays and not self.exhausted and self.again_count < self.holes_most
+
     cdef bint has_drained(self) except -1:
         """Whether nothing is on its way any more, or nobody waits for it; `left` then says what is left, if anything."""
         cdef int slot, put_back = 0, cut_off = 0
         if self.attention or not (self.cut_off or self.scheduler.held_count == 0):
             return False
+        if self.can_replay() and not self.cut_off:
+            return False  # what the journal has costs no time
         if self.cut_off and not self.looked_last:
             self.looked_last = True
             self.take_in_all()
             return False
-        if not self.exhausted and self.scheduler.open_count == 0 and self.again_count == 0:
+        if not (self.exhausted or self.replays) and self.scheduler.open_count == 0 and self.again_count == 0:
             self.ask_for_one()  # with what came in there may be more, or not
         for slot in range(self.scheduler.batch_count):
             if self.scheduler.state_of_batch(slot) == BATCH_WAITING:
@@ -78,7 +85,7 @@ cdef class Drainer(Survivor):
             elif self.scheduler.state_of_batch(slot) == BATCH_SENT:
                 cut_off += self.scheduler.jobs(slot)
         put_back += self.again_count
-        if put_back + cut_off > 0:
+        if put_back + cut_off > 0 or (self.replays and not self.exhausted):
             self.left = (self.next_index - put_back - cut_off, put_back, cut_off)
         return True
 

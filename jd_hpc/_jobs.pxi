@@ -10,6 +10,9 @@ cdef class JobSender(Link):
     """Asks the user for jobs, keeps them in the slots of the scheduler's ledger, and sends them to whom the scheduler names."""
     cdef readonly Scheduler scheduler
     cdef object plan
+    cdef object journal                 # of this run, or None
+    cdef bint replays                   # it may have results still to be delivered
+    cdef int holes_most                 # jobs that it lacks and that may wait for a slave meanwhile
     cdef Rows job_rows
     cdef Rows result_rows
     cdef int grain

@@ -53,6 +53,9 @@ cdef class Master(Deliverer):
             self.stopping = True
             return
         self.plan = plan
+        self.journal = plan.journal
+        if self.journal is not None:
+            self.replays, self.holes_most = self.journal.replays, self.journal.holes_most
         self.grain, self.read_ahead, self.allow_nan = plan.grain, plan.read_ahead, plan.allow_nan
         self.local_below = max(1, plan.min_slaves)
         self.tells_sent = plan.on_job_sent is not None
@@ -81,7 +84,9 @@ cdef class Master(Deliverer):
                 if self.draining and self.has_drained():
                     return
                 self.fetch_again()
-                if not self.again_count:
+                if self.can_replay():
+                    self.replay()
+                elif not self.again_count:
                     self.fetch()
                 if self.exhausted and self.scheduler.open_count == 0 and not (self.collected or self.attention or self.again_count):
                     return
@@ -111,7 +116,7 @@ cdef class Master(Deliverer):
                 return 0
 
     cdef bint wants_python(self, int empty_polls) noexcept nogil:
-        if self.attention or self.is_alone():
+        if self.attention or self.is_alone() or self.can_replay():
             return True
         if self.draining and (self.cut_off or self.scheduler.held_count == 0):
             return True
@@ -295,10 +300,13 @@ cdef class Master(Deliverer):
 
     def counters(self):
         """What happened so far, for the log."""
+        if self.scheduler is None:  # the run failed before it began
+            return {}
         return {"jobs": self.next_index, "messages sent": self.scheduler.sent, "late results dropped": self.scheduler.late,
                 "messages refused": self.scheduler.refused + self.dropped, "batches sent again": self.scheduler.resent,
                 "slaves lost": self.scheduler.lost, "slaves suspected": self.scheduler.suspected,
-                "slaves reinstated": self.scheduler.reinstated}
+                "slaves reinstated": self.scheduler.reinstated,
+                "from journal": 0 if self.journal is None else self.journal.delivered}
 
     # ---- the end -------------------------------------------------------------------------------------------------
 

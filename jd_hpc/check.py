@@ -96,6 +96,7 @@ class Checker:
         self.handlers = {
             "up": self._up, "back": self._up, "lost": self._down, "suspect": self._down, "sent": self._sent,
             "accepted": self._answer, "late": self._answer, "refused": self._answer, "delivered": self._delivered,
+            "stored": self._stored,
             "failed": self._failed, "given_up": self._given_up, "apart": self._apart, "again": self._again, "end": self._end,
         }  # fmt: skip
 
@@ -112,7 +113,7 @@ class Checker:
         self.run.seconds = event["t"]
         if self.run.how is not None:
             self._wrong(f"{kind!r} after the end of the run")
-        self.run.counts[kind] += kind not in ("delivered", "failed")  # these are counted by jobs
+        self.run.counts[kind] += kind not in ("delivered", "stored", "failed")  # these are counted by jobs
         handler = self.handlers.get(kind)
         if handler is not None:
             handler(event)
@@ -306,6 +307,16 @@ class Checker:
     def _delivered(self, event: Event) -> None:
         for first, count in event["jobs"]:
             self._take_out(first, count, "delivered", "")
+
+    def _stored(self, event: Event) -> None:
+        """Results of an earlier run, out of a journal."""
+        for first, count in event["jobs"]:
+            if self._enter(Batch(first, count)) is None:
+                self._wrong(f"{Batch(first, count)} delivered from the journal, but they were there before")
+                continue
+            del self.open[first]
+            self.run.sent_jobs -= count
+            self.run.counts["stored"] += count
 
     def _failed(self, event: Event) -> None:
         index, attempts = event["index"], len(event["attempts"])

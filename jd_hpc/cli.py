@@ -1,4 +1,4 @@
-"""The command ``jd-hpc``: launch, doctor and check.
+"""The command ``jd-hpc``: launch, doctor, check and journal.
 
 The rules it keeps: words are taken apart here and nowhere else, and every error is one line that names the cure, with exit code 2.
 """
@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 
-from jd_hpc import __version__, allocation, check, launch, verdict
+from jd_hpc import __version__, allocation, check, journal_tools, launch, verdict
 from jd_hpc.errors import HistoryError, LaunchError, WalltimeError
 
 PROGRAM_ENDS = (".py", ".pyz")
@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of our own options."""
     top = argparse.ArgumentParser("jd-hpc", description="Start scripts of jd_hpc so that they survive the death of a slave.")
     top.add_argument("--version", action="version", version=f"jd_hpc {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="launch | doctor | check")
+    commands = top.add_subparsers(dest="command", required=True, metavar="launch | doctor | check | journal")
     one = commands.add_parser(
         "launch",
         help="run a script under this environment's mpiexec, with the flags that let the others live when a rank dies",
@@ -94,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     three.add_argument("files", nargs="+", metavar="FILE", help="what history= or JD_HPC_HISTORY named")
     for each in (one, two):
         each.add_argument("--mpiexec", metavar="PATH", help="default: this environment's own, then the one on PATH")
+    journal_tools.add_commands(commands)
     return top
 
 
@@ -128,6 +129,8 @@ def main(words: list[str] | None = None) -> int:
     options = parser().parse_args(words)
     if options.command == "check":
         return check_histories(options.files)
+    if options.command == "journal":
+        return journal_tools.run(options)
     try:
         launcher_path = launch.find_mpiexec(options.mpiexec)
         if options.command == "doctor":

@@ -13,25 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jd_hpc import allocation, chaos, ending, local, supervisor
-from jd_hpc.errors import JobError, MasterLostError, Unfinished
-from jd_hpc.history import History, path_of
-from jd_hpc.machine import LEAST_HEARTBEAT_S, Channel, LocalMachine, MPIMachine, as_machine, load_core, mpi_name
+from jd_hpc.errors import JobError
+from jd_hpc.history import path_of as history_path_of
+from jd_hpc.journal import path_of as journal_path_of
+from jd_hpc.machine import LEAST_HEARTBEAT_S, LocalMachine, MPIMachine, as_machine
 from jd_hpc.plan import Hook, Plan
-from jd_hpc.signals import Asked, Drains, Interrupts
-from jd_hpc.survival import Watch
-from jd_hpc.walltime import Drain, Walltime
+from jd_hpc.runs import Run
 from jd_hpc.wire import MOST_ATTEMPTS
 
 logger = logging.getLogger("jd_hpc")
-
-OPTIONS = (
-    "grain", "credit", "max_attempts", "min_slaves", "local_fallback", "job_timeout_s", "isolate", "memory_limit", "heartbeat_s",
-    "liveness_timeout_s",
-)  # fmt: skip
-"""What a history tells."""
-ISOLATED_MARGIN_S = 10.0
-"""With isolate the slave ends an overdue job itself; the master steps in when not even that has worked."""
 
 
 class JobDispatcher:
@@ -101,7 +91,9 @@ class JobDispatcher:
         Tells slots, hosts and who is master.
     stats : dict of str to int
         On the master, after a run: jobs, messages sent and refused, slaves lost, suspected and reinstated, batches sent again, late
-        results dropped.
+        results dropped, results that came from the journal.
+    from_journal : bool
+        On the master: True while `process_result` or `process_results` is called with results that the journal had already.
     """
 
     job_dtype: Any = None
@@ -109,6 +101,7 @@ class JobDispatcher:
     kernel: Any = None
     allow_nan: bool = True
     payload_limit: int = 1 << 36
+    from_journal: bool = False
 
     def __init__(
         self,
@@ -142,7 +135,7 @@ class JobDispatcher:
         self.heartbeat_s = _seconds("heartbeat_s", heartbeat_s, zero=True)
         self.liveness_timeout_s = _seconds("liveness_timeout_s", liveness_timeout_s)
         self.local_fallback = bool(local_fallback)
-        self.history_path = path_of(history)
+        self.history_path = history_path_of(history)
         is_time = walltime is not None and not callable(walltime) and walltime != math.inf
         self.walltime = _seconds("walltime", walltime) if is_time else walltime  # type: ignore[arg-type]
         self.walltime_margin_s = _seconds("walltime_margin_s", walltime_margin_s, zero=True)
@@ -217,6 +210,14 @@ class JobDispatcher:
         """
         raise NotImplementedError
 
+    def job_key(self, job: Any) -> Any:
+        """Master, with a journal and jobs that are objects: return what identifies a job, the job itself by default.
+
+        The journal compares the pickle of this (or these bytes, if it returns bytes) from run to run. Override it where equal jobs
+        may pickle differently, as sets of strings do.
+        """
+        return job
+
     def on_startup(self) -> None:
         """Every rank, at the start of every run; `self.machine.is_master` tells which."""
 
@@ -240,8 +241,15 @@ class JobDispatcher:
 
     # ---- the run -----------------------------------------------------------------------------------------------------
 
-    def run(self) -> Any:
+    def run(self, journal: str | os.PathLike[str] | None = None) -> Any:
         """Run all jobs. Every rank of the vm must call it.
+
+        Parameters
+        ----------
+        journal : path, optional
+            A file that gets every delivered result. What it has already, from a run of the same jobs that did not come to its end,
+            is delivered first, with `from_journal` set, and only the rest is computed. Default: what the environment variable
+            JD_HPC_JOURNAL names, if it is set. Only the master reads and writes it. More is in docs/journal.md.
 
         Returns
         -------
@@ -255,156 +263,16 @@ class JobDispatcher:
             is a SystemExit with code 85.
         JobError
             On the master, if a job failed and `process_failure` is not overridden.
+        JournalError
+            On the master, one of its kinds: if another run writes this journal, if it belongs to other jobs, is damaged, or cannot
+            be written.
         JdError
             Others of its kinds for bad jobs, bad results and ranks that disagree; each names its cause and cure.
         Exception
             Whatever a hook of the master raised, after all slaves have left the run.
         """
         self._set_up_logging()
-        with Drains() as asked:
-            return self._run(asked)
-
-    def _run(self, asked: Asked | None) -> Any:
-        machine = self.machine
-        if isinstance(machine, LocalMachine) or machine.size == 1:
-            with History(self.history_path) as history:
-                return self._run_local(history, asked)
-        core = load_core()
-        channel = machine.channel()
-        chaos.arm_from_environment(machine.rank, machine.size)
-        if machine.is_master:
-            master = core.Master(
-                channel.handle, channel.next_run(), channel.body_turn, channel.early, channel.dead, channel.missing
-            )
-            with Interrupts(master), History(self.history_path) as history:
-                return self._run_master(machine, channel, master, history, asked)
-        slave = core.Slave(channel.handle, channel.next_run(), channel.body_turn)
-        slave.asked = asked
-        with Interrupts(slave):
-            return self._run_slave(channel, slave)
-
-    def _run_local(self, history: History, asked: Asked | None) -> Any:
-        try:
-            plan = self._plan()
-            plan.history = history.begin(self._history_facts(0))
-            self.on_startup()
-            self.reset()
-            drain = self._drain(plan)
-            count, left = local.run_jobs(plan, drain, asked)
-            history.counters = {"jobs": count}
-            if left:
-                raise self._unfinished(drain.reason, count - left, left, 0)
-            self._log("%d jobs were evaluated locally", count)
-            return self.postprocess()
-        finally:
-            self.on_shutdown()
-
-    def _run_master(self, machine: MPIMachine, channel: Channel, master: Any, history: History, asked: Asked | None) -> Any:
-        usable = machine.size - 1 if self.max_slaves is None else min(self.max_slaves, machine.size - 1)
-        alone = usable < max(1, self.min_slaves)
-        self._log("run %d: %d slaves%s", master.run, usable, ", too few: the master evaluates the jobs" if alone else "")
-        try:
-            try:
-                plan = self._plan()
-                slaves = 0 if alone else usable
-                plan.history = history.begin(self._history_facts(slaves, run=master.run, mpi=mpi_name(), hosts=channel.hosts))
-                master.begin(plan, slaves)
-                self._watch(channel, master)
-                drain = self._drain(plan)
-                master.drain_by(drain, asked)
-                machine.busy = master.busy_slaves
-                self.on_startup()
-                self.reset()
-                master.run_jobs()
-            finally:  # the slaves leave the run first, whatever happened
-                machine.busy = None
-                try:
-                    self._stop(channel, master)
-                finally:
-                    history.counters = self.stats
-            self._log("run %d: %s", master.run, self.stats)
-            if master.left is not None:
-                raise self._unfinished(drain.reason, *master.left)
-            return self.postprocess()
-        finally:
-            self.on_shutdown()
-
-    def _watch(self, channel: Channel, master: Any) -> None:
-        """Have the slaves watched."""
-        margin_s = ISOLATED_MARGIN_S if self.isolate else 0.0
-        listener = channel.listener if self.heartbeat_s else None
-        watch = Watch(master.scheduler, listener, self.liveness_timeout_s, self.job_timeout_s, margin_s)
-        master.watch_over(watch, channel.acknowledge, self.liveness_timeout_s)
-
-    def _stop(self, channel: Channel, master: Any) -> None:
-        """Have all slaves leave the run."""
-        if not master.watched:  # it failed before it began
-            master.begin(None, 0)
-            self._watch(channel, master)
-        try:
-            master.stop()
-        finally:
-            self.stats = master.counters()
-            if master.failed:
-                channel.note_failures()
-
-    def _drain(self, plan: Plan) -> Drain:
-        """What decides when nothing more goes out."""
-        left = allocation.left_of(plan.walltime, os.environ)
-        return Drain(plan.grain, plan.credit, None if left is None else Walltime(left, plan.walltime_margin_s))
-
-    def _unfinished(self, *facts: Any) -> Unfinished:
-        error = Unfinished(*facts)
-        print(f"jd_hpc: {error}; exit code {error.code}", file=sys.stderr, flush=True)
-        ending.exit_with(error.CODE)
-        return error
-
-    def _run_slave(self, channel: Channel, slave: Any) -> None:
-        try:
-            try:
-                plan = self._plan()
-                slave.begin(plan)
-                slave.beat = channel.beat_every(plan.heartbeat_s)
-                with channel.limited(self.job_timeout_s):
-                    self.on_startup()
-                slave.ready(plan.facts())
-                if self.debug > 1:
-                    self._log("run %d: slave %d is ready", slave.run, slave.rank)
-                slave.serve()
-            except MasterLostError as error:
-                ending.failed(str(error))
-                raise
-            except BaseException as error:
-                slave.report(error)
-                slave.leave()
-                raise
-            else:
-                slave.leave()
-            finally:
-                slave.close()
-                if slave.failed and not self._waits_for_abort(slave):
-                    ending.failed("ranks of the run failed")
-            if slave.drained:
-                ending.exit_with(ending.UNFINISHED)
-                raise Unfinished("the master says so")
-        finally:
-            with channel.limited(self.job_timeout_s):
-                self.on_shutdown()
-
-    def _history_facts(self, slaves: int, **facts: Any) -> dict[str, Any]:
-        """Return what the first line of a history tells of this run."""
-        from jd_hpc import __version__
-
-        options = {name: getattr(self, name) for name in OPTIONS}
-        return {"version": __version__, "class": type(self).__qualname__, "slaves": slaves, **facts, "options": options}
-
-    @staticmethod
-    def _waits_for_abort(slave: Any) -> bool:
-        """Whether this rank ends as ever, by MPI_Finalize, and waits there until the master ends the run by MPI_Abort.
-
-        Without a supervisor the launcher would end the master too if this rank went first.
-        """
-        return slave.drained and not supervisor.is_there()
+        return Run(self, self._plan, journal_path_of(journal), self._log).go()
 
     def _plan(self) -> Plan:
         plan = Plan(self, self._overrides)

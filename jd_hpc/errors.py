@@ -128,6 +128,26 @@ class ChaosError(JdError):
         super().__init__("an exception on demand, from jd_hpc.chaos: nothing else is wrong")
 
 
+class JournalError(JdError, RuntimeError):
+    """Base of the errors about the journal of a run."""
+
+
+class JournalHeldError(JournalError):
+    """Another process writes this journal, or has taken it over."""
+
+
+class JournalMismatchError(JournalError):
+    """The journal belongs to another set of jobs."""
+
+
+class JournalFormatError(JournalError):
+    """The file is no journal, one of a newer version, or damaged."""
+
+
+class JournalWriteError(JournalError):
+    """The journal cannot be opened or written: no folder, no right, no room."""
+
+
 REPORT_PART_BYTES = 1 << 20
 """A report of a failure is cut where it is longer: it must reach the master whatever the exception carries."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +15,30 @@ from jd_hpc.plan import Plan
 from jd_hpc.signals import Asked, pass_on
 from jd_hpc.walltime import Drain
 
+if TYPE_CHECKING:
+    from jd_hpc.journal import Journal
+
 Attempts = list[tuple[int, str]]
 VERDICT_DELIVER = 0
 """As in scheduler.py."""
+
+
+class _Clock:
+    """When to drain."""
+
+    def __init__(self, drain: Drain | None, asked: Asked | None) -> None:
+        self._drain, self._asked = drain, asked
+        self.took_s: list[float] = []
+
+    def is_over(self) -> bool:
+        """Whether no job is begun any more."""
+        if self._drain is None:
+            return False
+        now = time.monotonic()
+        if self._asked is not None and self._asked.level:
+            pass_on(self._drain, now, self._asked.level, self._asked.number, 0)
+        took_s, self.took_s = self.took_s, []
+        return self._drain.tick(now, took_s) == 0
 
 
 def run_jobs(plan: Plan, drain: Drain | None = None, asked: Asked | None = None) -> tuple[int, int]:
@@ -31,24 +52,47 @@ def run_jobs(plan: Plan, drain: Drain | None = None, asked: Asked | None = None)
         If a job is not what was declared.
     """
     evaluator = plan.evaluator()
-    first = 0
-    took_s: list[float] = []
+    clock = _Clock(drain, asked)
     try:
+        if plan.journal is not None and plan.journal.replays:
+            first, put_back, is_over = _replay(plan, plan.journal, evaluator, clock)
+            if is_over:
+                return first, put_back
+        else:
+            first = 0
         while len(jobs := _next_batch(plan, first)):
-            begun = time.monotonic()
-            if drain is not None:
-                if asked is not None and asked.level:
-                    pass_on(drain, begun, asked.level, asked.number, 0)
-                if drain.tick(begun, took_s) == 0:
-                    return first + len(jobs), len(jobs)
-            results, failures = _evaluate(plan, evaluator, jobs, first)
-            took_s = [(time.monotonic() - begun) / len(jobs)]
-            attempts = _try_again(plan, evaluator, jobs, first, results, failures)
-            _deliver(plan, first, jobs, results if isinstance(results, list) else _read_only(results), failures, attempts)
+            if clock.is_over():
+                return first + len(jobs), len(jobs)
+            _run(plan, evaluator, clock, first, jobs)
             first += len(jobs)
     finally:
         evaluator.close()
     return first, 0
+
+
+def _replay(plan: Plan, journal: Journal, evaluator: Evaluator, clock: _Clock) -> tuple[int, int, bool]:
+    """Deliver what the journal has, and run what it lacks, in batches as they were.
+
+    Returns the jobs so far, how many of these were put back, and if it was all.
+    """
+    while journal.replays:
+        holes, is_none = journal.replay(plan.grain)
+        for at, (index, job) in enumerate(holes):
+            if clock.is_over():
+                return journal.next_index, len(holes) - at, True
+            _run(plan, evaluator, clock, index, [job] if plan.job_dtype is None else _read_only(_rows([job], plan.job_dtype)))
+        if is_none and not holes:
+            return journal.next_index, 0, True
+    return journal.next_index, 0, False
+
+
+def _run(plan: Plan, evaluator: Evaluator, clock: _Clock, first: int, jobs: Any) -> None:
+    """Evaluate a batch and hand over what came of it."""
+    begun = time.monotonic()
+    results, failures = _evaluate(plan, evaluator, jobs, first)
+    clock.took_s.append((time.monotonic() - begun) / len(jobs))
+    attempts = _try_again(plan, evaluator, jobs, first, results, failures)
+    _deliver(plan, first, jobs, results if isinstance(results, list) else _read_only(results), failures, attempts)
 
 
 def _evaluate(plan: Plan, evaluator: Evaluator, jobs: Any, first: int) -> tuple[Any, dict[int, Failure]]:
@@ -105,12 +149,17 @@ def _next_batch(plan: Plan, first: int) -> Any:
             jobs.append(job if plan.job_dtype is None else _row(job, plan.job_dtype, first + len(jobs)))
         if plan.job_dtype is None or not jobs:
             return jobs
-        rows = np.empty(len(jobs), plan.job_dtype)
-        for at, row in enumerate(jobs):
-            rows[at] = row
+        rows = _rows(jobs, plan.job_dtype)
     if not plan.allow_nan:
         check_finite(rows, "what next_job returned")
     return _read_only(rows)
+
+
+def _rows(jobs: list[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    rows = np.empty(len(jobs), dtype)
+    for at, row in enumerate(jobs):
+        rows[at] = row
+    return rows
 
 
 def _row(job: Any, dtype: np.dtype[Any], index: int) -> NDArray[Any]:
@@ -124,12 +173,15 @@ def _row(job: Any, dtype: np.dtype[Any], index: int) -> NDArray[Any]:
 
 def _deliver(plan: Plan, first: int, jobs: Any, results: Any, failures: dict[int, Failure], attempts: dict[int, Attempts]) -> None:
     """Hand over a batch: results first where they go as a block, else in the order of the jobs."""
-    if plan.process_results is not None and len(failures) < len(jobs):
-        good = [at for at in range(len(jobs)) if at not in failures]
-        indices = _read_only(first + np.array(good, "i8"))
-        for at in good:
-            _note_delivery(plan, first + at)
-        plan.process_results(indices, _pick(jobs, good), _pick(results, good))
+    good = [at for at in range(len(jobs)) if at not in failures]
+    if good and (plan.journal is not None or plan.process_results is not None):
+        indices, good_jobs, good_results = _read_only(first + np.array(good, "i8")), _pick(jobs, good), _pick(results, good)
+        if plan.journal is not None:
+            plan.journal.record(indices, good_jobs, good_results)
+        if plan.process_results is not None:
+            for at in good:
+                _note_delivery(plan, first + at)
+            plan.process_results(indices, good_jobs, good_results)
     for at in range(len(jobs)):
         if at in failures:
             error = JobError(first + at, 0, failures[at], attempts.get(at, ()))

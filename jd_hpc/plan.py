@@ -14,6 +14,7 @@ from jd_hpc.wire import PROTOCOL
 if TYPE_CHECKING:
     from jd_hpc.dispatcher import JobDispatcher
     from jd_hpc.history import History
+    from jd_hpc.journal import Journal
 
 Hook = Callable[..., Any]
 
@@ -82,6 +83,7 @@ class Plan:
         self.history: History | None = None  # the master's, where there is one
         self.kernel = self._kernel(dispatcher.kernel)
         self.read_ahead = self._read_ahead()
+        self.journal: Journal | None = None  # on the master, if the run has one
 
     def _kernel(self, given: Any) -> kernels.Kernel | None:
         if given is None:

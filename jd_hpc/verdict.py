@@ -39,7 +39,7 @@ class Run:
     seconds : float
         When its last event was.
     counts : Counter of str
-        Events by kind; of "delivered" and "failed" the jobs.
+        Events by kind; of "delivered", "stored" and "failed" the jobs.
     slaves : list of (float, int, str, str)
         When, which slave, what became of it ("lost", "suspect", "back"), and how that is known.
     violations : list of Violation
@@ -79,6 +79,8 @@ class Run:
             f"  {self.sent_jobs} jobs, {counts['delivered']} delivered, {counts['failed']} failed; "
             f"{counts['sent']} messages; {counts['accepted']} answers accepted, {counts['late']} late, {counts['refused']} refused",
         ]
+        if counts["stored"]:
+            lines.append(f"  {counts['stored']} jobs more were delivered from a journal")
         told = {"lost": "was lost", "suspect": "was suspected", "back": "was taken on again"}
         lines += _some(f"  slave {slave} {told[what]} at {time:.3f} s: {how}" for time, slave, what, how in self.slaves)
         if self.cut_line:

@@ -1,0 +1,231 @@
+"""One run of a dispatcher on this rank: as the master, as a slave, or alone. It brings the rooms together, in order.
+
+The rules it keeps:
+
+- Whatever happens on the master, the slaves leave the run first; then history and journal are closed, and errors go on.
+- A slave that cannot go on tells the master why, and leaves with the others.
+- `on_shutdown` comes last on every rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from jd_hpc import allocation, chaos, ending, local, supervisor
+from jd_hpc.errors import MasterLostError, Unfinished
+from jd_hpc.history import History
+from jd_hpc.journal import Journal
+from jd_hpc.machine import Channel, LocalMachine, MPIMachine, load_core, mpi_name
+from jd_hpc.plan import Plan
+from jd_hpc.signals import Asked, Drains, Interrupts
+from jd_hpc.survival import Watch
+from jd_hpc.walltime import Drain, Walltime
+
+if TYPE_CHECKING:
+    from jd_hpc.dispatcher import JobDispatcher
+
+ISOLATED_MARGIN_S = 10.0
+"""With isolate the slave ends an overdue job itself; the master steps in when not even that has worked."""
+OPTIONS = (
+    "grain", "credit", "max_attempts", "min_slaves", "local_fallback", "job_timeout_s", "isolate", "memory_limit", "heartbeat_s",
+    "liveness_timeout_s",
+)  # fmt: skip
+"""What a history tells."""
+
+
+class Run:
+    """One run.
+
+    Parameters
+    ----------
+    dispatcher : JobDispatcher
+        Whose hooks are called.
+    make_plan : callable
+        Returns the Plan; what is wrong with the options shows there, when the other ranks can be told.
+    journal_path : str or None
+        Of the journal, if there is to be one.
+    log : callable
+        Takes a message and its arguments, as a logger does.
+    """
+
+    def __init__(
+        self,
+        dispatcher: JobDispatcher,
+        make_plan: Callable[[], Plan],
+        journal_path: str | None,
+        log: Callable[..., None],
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._make_plan = make_plan
+        self._journal_path = journal_path
+        self._log = log
+        self._asked: Asked | None = None
+        self._drain: Drain | None = None
+
+    def go(self) -> Any:
+        """Run, and return what `postprocess` returned on the master."""
+        machine = self._dispatcher.machine
+        with Drains() as self._asked:
+            if isinstance(machine, LocalMachine) or machine.size == 1:
+                with self._history() as history:
+                    return self._go_alone(history)
+            core = load_core()
+            channel = machine.channel()
+            chaos.arm_from_environment(machine.rank, machine.size)
+            if machine.is_master:
+                master = core.Master(
+                    channel.handle, channel.next_run(), channel.body_turn, channel.early, channel.dead, channel.missing
+                )
+                with Interrupts(master), self._history() as history:
+                    return self._go_as_master(machine, channel, master, history)
+            slave = core.Slave(channel.handle, channel.next_run(), channel.body_turn)
+            with Interrupts(slave):
+                return self._go_as_slave(channel, slave)
+
+    # ---- alone -------------------------------------------------------------------------------------------------------
+
+    def _go_alone(self, history: History) -> Any:
+        dispatcher = self._dispatcher
+        try:
+            plan = self._make_plan()
+            plan.history = history.begin(self._facts(0))
+            with self._journal(plan):
+                dispatcher.on_startup()
+                dispatcher.reset()
+                count, put_back = local.run_jobs(plan, self._make_drain(plan), self._asked)
+            stored = 0 if plan.journal is None else plan.journal.delivered
+            dispatcher.stats = history.counters = {"jobs": count, "from journal": stored}
+            if put_back:
+                raise self._unfinished(count - put_back, put_back, 0)
+            self._log("%d jobs were evaluated locally", count - stored)
+            return dispatcher.postprocess()
+        finally:
+            dispatcher.on_shutdown()
+
+    # ---- the master --------------------------------------------------------------------------------------------------
+
+    def _go_as_master(self, machine: MPIMachine, channel: Channel, master: Any, history: History) -> Any:
+        dispatcher = self._dispatcher
+        usable = machine.size - 1 if dispatcher.max_slaves is None else min(dispatcher.max_slaves, machine.size - 1)
+        alone = usable < max(1, dispatcher.min_slaves)
+        self._log("run %d: %d slaves%s", master.run, usable, ", too few: the master evaluates the jobs" if alone else "")
+        try:
+            with contextlib.ExitStack() as opened:
+                try:
+                    plan = self._make_plan()
+                    slaves = 0 if alone else usable
+                    plan.history = history.begin(self._facts(slaves, run=master.run, mpi=mpi_name(), hosts=channel.hosts))
+                    opened.enter_context(self._journal(plan))
+                    master.begin(plan, slaves)
+                    self._watch(channel, master)
+                    master.drain_by(self._make_drain(plan), self._asked)
+                    machine.busy = master.busy_slaves
+                    dispatcher.on_startup()
+                    dispatcher.reset()
+                    master.run_jobs()
+                finally:
+                    machine.busy = None
+                    try:
+                        self._stop(channel, master)
+                    finally:
+                        history.counters = dispatcher.stats
+            self._log("run %d: %s", master.run, dispatcher.stats)
+            if master.left is not None:
+                raise self._unfinished(*master.left)
+            return dispatcher.postprocess()
+        finally:
+            dispatcher.on_shutdown()
+
+    def _watch(self, channel: Channel, master: Any) -> None:
+        """Have the slaves watched."""
+        options = self._dispatcher
+        margin_s = ISOLATED_MARGIN_S if options.isolate else 0.0
+        listener = channel.listener if options.heartbeat_s else None
+        watch = Watch(master.scheduler, listener, options.liveness_timeout_s, options.job_timeout_s, margin_s)
+        master.watch_over(watch, channel.acknowledge, options.liveness_timeout_s)
+
+    def _stop(self, channel: Channel, master: Any) -> None:
+        """Have all slaves leave the run."""
+        if not master.watched:  # it failed before it began
+            master.begin(None, 0)
+            self._watch(channel, master)
+        try:
+            master.stop()
+        finally:
+            self._dispatcher.stats = master.counters()
+            if master.failed:
+                channel.note_failures()
+
+    # ---- a slave -----------------------------------------------------------------------------------------------------
+
+    def _go_as_slave(self, channel: Channel, slave: Any) -> None:
+        dispatcher = self._dispatcher
+        slave.asked = self._asked
+        try:
+            try:
+                plan = self._make_plan()
+                slave.begin(plan)
+                slave.beat = channel.beat_every(plan.heartbeat_s)
+                with channel.limited(dispatcher.job_timeout_s):
+                    dispatcher.on_startup()
+                slave.ready(plan.facts())
+                if dispatcher.debug > 1:
+                    self._log("run %d: slave %d is ready", slave.run, slave.rank)
+                slave.serve()
+            except MasterLostError as error:
+                ending.failed(str(error))
+                raise
+            except BaseException as error:
+                slave.report(error)
+                slave.leave()
+                raise
+            else:
+                slave.leave()
+            finally:
+                slave.close()
+                # A slave that was drained, without a supervisor, waits in MPI_Finalize until the master ends the run by MPI_Abort:
+                # the launcher would end the master too if this rank went first.
+                if slave.failed and (supervisor.is_there() or not slave.drained):
+                    ending.failed("ranks of the run failed")
+            if slave.drained:
+                ending.exit_with(ending.UNFINISHED)
+                raise Unfinished("the master says so")
+        finally:
+            with channel.limited(dispatcher.job_timeout_s):
+                dispatcher.on_shutdown()
+
+    # ---- what a run is made with -------------------------------------------------------------------------------------
+
+    def _history(self) -> History:
+        return History(self._dispatcher.history_path)
+
+    def _journal(self, plan: Plan) -> contextlib.AbstractContextManager[Any]:
+        """Open the journal, if there is to be one."""
+        if self._journal_path is None:
+            return contextlib.nullcontext()
+        plan.journal = Journal(self._journal_path, plan, self._dispatcher)
+        return plan.journal
+
+    def _make_drain(self, plan: Plan) -> Drain:
+        """Return what decides when nothing more goes out."""
+        left = allocation.left_of(plan.walltime, os.environ)
+        self._drain = Drain(plan.grain, plan.credit, None if left is None else Walltime(left, plan.walltime_margin_s))
+        return self._drain
+
+    def _unfinished(self, ended: int, put_back: int, cut_off: int) -> Unfinished:
+        assert self._drain is not None
+        error = Unfinished(self._drain.reason, ended, put_back, cut_off)
+        print(f"jd_hpc: {error}; exit code {error.code}", file=sys.stderr, flush=True)
+        ending.exit_with(error.CODE)
+        return error
+
+    def _facts(self, slaves: int, **facts: Any) -> dict[str, Any]:
+        """Return what the first line of a history tells of this run."""
+        from jd_hpc import __version__
+
+        options = {name: getattr(self._dispatcher, name) for name in OPTIONS}
+        return {"version": __version__, "class": type(self._dispatcher).__qualname__, "slaves": slaves, **facts, "options": options}
