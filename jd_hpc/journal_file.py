@@ -387,8 +387,8 @@ def _longer(array: NDArray[Any], length: int, value: int) -> NDArray[Any]:
     return out
 
 
-def load(reader: JournalReader) -> tuple[Table, int, int]:
-    """Read a journal that is to be continued: what it has, its length without a torn end, and what was on the disk for certain.
+def load(reader: JournalReader) -> tuple[Table, int]:
+    """Read a journal that is to be continued: what it has, and its length without a torn end.
 
     Raises
     ------
@@ -413,4 +413,4 @@ def load(reader: JournalReader) -> tuple[Table, int, int]:
             f"{beyond} of them behind the damage: `jd-hpc journal merge NEW {reader.path}` saves them; go on with NEW, the other "
             f"jobs are computed again"
         )
-    return table, end, synced
+    return table, end

@@ -116,12 +116,14 @@ class JournalWriter:
             raise JournalWriteError(f"the journal {self.path} cannot be {kind}: {error.strerror}") from error
         reader = JournalReader(self.path, self._fd)
         self._compare(facts, reader.facts)
-        table, end, self._synced = load(reader)
+        table, end = load(reader)
         torn = os.fstat(self._fd).st_size - end
         if torn:
             logger.info("the journal %s ends in %d bytes that were not written to the end: they are cut off", self.path, torn)
             os.ftruncate(self._fd, end)
         self._end = end
+        if kind == "opened":
+            self._sync()
         return reader, table
 
     def _compare(self, mine: Facts, found: Facts) -> None:

@@ -70,7 +70,7 @@ def three_blocks(tmp_path):
 
 def test_what_was_written_is_read(three_blocks):
     with JournalReader(str(three_blocks)) as reader:
-        table, end, _ = load(reader)
+        table, end = load(reader)
         assert end == three_blocks.stat().st_size
         assert table.count == table.end == 7
         offsets = table.offsets[:7]
@@ -90,7 +90,7 @@ def test_far_and_large_results_are_read(tmp_path):
             body = [np.array([at]).tobytes(), np.zeros(1, "u8").tobytes(), written[at].tobytes()]
             file.write(b"".join(encode_block(ROWS, 1, body, 0)))
     with JournalReader(str(path)) as reader:
-        table, _, _ = load(reader)
+        table, _ = load(reader)
         assert np.array_equal(reader.rows(table.offsets[:6]), written)
         assert np.array_equal(reader.rows(table.offsets[[4, 0]]), written[[4, 0]])
 
@@ -136,7 +136,7 @@ def test_a_bit_flipped_in_any_byte_of_the_last_block(three_blocks):
         data[at] ^= 1 << at % 8
         three_blocks.write_bytes(data)
         with JournalReader(str(three_blocks)) as reader:
-            table, end, _ = load(reader)
+            table, end = load(reader)
         assert (table.indices().tolist(), end) == ([0, 1, 2, 3, 4], last), at
         data[at] ^= 1 << at % 8
 
