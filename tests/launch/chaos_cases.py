@@ -13,9 +13,13 @@ import itertools
 import json
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from launch_helpers import Ended, Launched, Supervised, launches
+
+from jd_hpc.check import check_file
+from jd_hpc.errors import HistoryError
 
 RANKS = 4
 LIMIT_S = 60.0
@@ -62,13 +66,16 @@ class Case(NamedTuple):
     @property
     def must_end_the_run(self) -> bool:
         """Whether it is right that the run ends with an error: a slave says that it cannot start, or none is left."""
-        cannot_start = self.kind in ("raise", "eat") and self.moment == "first" and not self.strikes_child
+        cannot_start = self.kind == "raise" and self.moment == "first" and not self.strikes_child
         return cannot_start or self.moment in ("alone", "before")
 
     @property
     def may_end_the_run(self) -> bool:
-        """Whether that is right as well: what comes out of the blue may strike jd_hpc's own code, which then reports it."""
-        moments = {"raise": ("idle",), "eat": ("idle", "big_job", "big_result")}.get(self.kind, ())
+        """Whether that is right as well: what comes out of the blue may strike jd_hpc's own code, which then reports it.
+
+        And who needs long to find out that it cannot start may find the run over.
+        """
+        moments = {"raise": ("idle",), "eat": ("first", "idle", "big_job", "big_result")}.get(self.kind, ())
         return self.must_end_the_run or (self.moment in moments and not self.strikes_child)
 
 
@@ -124,9 +131,25 @@ class Seen(NamedTuple):
 def run(case: Case) -> Seen:
     """Run a case and check it."""
     with launches() as start:
-        ended = start(RANKS, "chaos_target.py", *case[:4], kind=WAYS[case.way]).finish(LIMIT_S)
+        one = start(RANKS, "chaos_target.py", *case[:4], kind=WAYS[case.way])
+        ended = one.finish(LIMIT_S)
+        broken = list(check_history(one.folder / "note.history")) if case.moment != "before" else []
     lines = [line for line in ended.out.splitlines() if line.startswith("seen ")]
-    return check(case, ended, json.loads(lines[0].removeprefix("seen ")) if lines else None)
+    seen = check(case, ended, json.loads(lines[0].removeprefix("seen ")) if lines else None)
+    return seen._replace(wrong=seen.wrong | {"history": broken}) if broken else seen
+
+
+def check_history(path: Path) -> Iterator[str]:
+    """As `jd-hpc check` does."""
+    try:
+        runs = check_file(str(path))
+    except HistoryError as error:
+        yield str(error)
+        return
+    if len(runs) != 1:
+        yield f"{len(runs)} runs"
+    for run in runs:
+        yield from map(str, run.violations)
 
 
 def check(case: Case, ended: Ended, facts: dict[str, Any] | None) -> Seen:

@@ -19,7 +19,7 @@ from chaos_cases import KINDS, MOMENTS, OTHERS, Case, Seen, draw, run
 from launch_helpers import UNDER_MPIEXEC, mpiexec
 
 PROGRESS_S = 30
-WRONG = ("lost", "doubled", "wrong values", "hangs", "leftovers", "wrong ends")
+WRONG = ("lost", "doubled", "wrong values", "history", "hangs", "leftovers", "wrong ends")
 TOLD_OF_A_FAILURE = 3000  # characters of what the ranks wrote
 
 

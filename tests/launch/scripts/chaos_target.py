@@ -214,7 +214,7 @@ options = {
     "local_fallback": moment != "alone",
     "heartbeat_s": 0.1,
     "liveness_timeout_s": 1.0,
-    "job_timeout_s": 1.0 if kind in ("hang", "hold") or isolate else None,
+    "job_timeout_s": 1.0 if kind in ("hang", "hold") or (isolate and kind != "eat") else None,
     "memory_limit": MEMORY_LIMIT if isolate else None,
 }
 notices = Notices()
@@ -223,7 +223,7 @@ logging.getLogger("jd_hpc").addHandler(notices)
 note_shared_memory()
 if is_victim and moment == "before":
     meet()
-target = Target(MPI.COMM_WORLD, **options)
+target = Target(MPI.COMM_WORLD, history="note.history" if moment != "before" else "", **options)
 target.reset()  # run() may not come to that
 error = None
 try:
