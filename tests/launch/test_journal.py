@@ -47,9 +47,9 @@ def test_masters_killed_at_random_moments(launch, tmp_path):
     print("seed", SEED)
     ended = launch(0, "journal_kills.py", tmp_path, KILLS, SEED).wait(120)
     assert ended.code == 0, ended
-    told = [line.replace(",", "").split() for line in ended.out.splitlines()]
-    assert sum(int(words[1]) for words in told) > KILLS // 2, "most were to be killed in the middle of a run"
-    assert all(int(words[3]) > 10 for words in told), "most were to have written something by then"
+    killed = [int(line.split()[1]) for line in ended.out.splitlines()]
+    assert len(killed) == 2, ended
+    assert sum(killed) > 0.9 * KILLS, "nearly all were to be killed in the middle of a run"
 
 
 @pytest.mark.parametrize("sizes", [(2, 4, 3), (0, 3, 2)], ids=lambda sizes: "-".join(map(str, sizes)))
