@@ -275,9 +275,9 @@ class JobDispatcher:
             plan = self._plan()
             self.on_startup()
             self.reset()
-            drain = self._drain(plan)
+            drain = None if asked is None else self._drain(plan)  # inside a job of another run: that one's business
             count, left = local.run_jobs(plan, drain, asked)
-            if left:
+            if left and drain is not None:
                 raise self._unfinished(drain.reason, count - left, left, 0)
             self._log("%d jobs were evaluated locally", count)
             return self.postprocess()
