@@ -5,7 +5,6 @@ The rules it keeps: only the master asks; what the user passed to JobDispatcher 
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import os
@@ -31,6 +30,7 @@ LEAST_TIME = 1e9
 Left = Callable[[], object]
 
 _loaded_at = time.monotonic()
+_told_by_squeue: dict[str, float] = {}
 
 
 def left_of(given: float | Left | None, environ: Mapping[str, str]) -> Left | None:
@@ -93,9 +93,14 @@ def _end_in(environ: Mapping[str, str], name: str) -> float:
     return end
 
 
-@functools.cache
 def _end_by_squeue(job_id: str) -> float:
     """Ask Slurm, where the environment does not say it; once. No answer is no end."""
+    if job_id not in _told_by_squeue:
+        _told_by_squeue[job_id] = _ask_squeue(job_id)
+    return _told_by_squeue[job_id]
+
+
+def _ask_squeue(job_id: str) -> float:
     command = ["squeue", "--noheader", f"--jobs={job_id}", "--format=%L"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_LIMIT_S, stdin=subprocess.DEVNULL)

@@ -96,7 +96,8 @@ class Run:
             with self._journal(plan):
                 dispatcher.on_startup()
                 dispatcher.reset()
-                count, put_back = local.run_jobs(plan, self._make_drain(plan), self._asked)
+                drain = None if self._asked is None else self._make_drain(plan)  # inside another run's job: that one's business
+                count, put_back = local.run_jobs(plan, drain, self._asked)
             stored = 0 if plan.journal is None else plan.journal.delivered
             dispatcher.stats = history.counters = {"jobs": count, "from journal": stored}
             if put_back:

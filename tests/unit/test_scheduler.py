@@ -380,3 +380,29 @@ def test_an_answer_of_an_attempt_not_made_yet_is_refused_while_it_waits(drive):
     assert d.s.attempt(slot) == 1
     assert d.answer(2, d.dispatch(slot)) == "refused"
     assert (d.batch(slot), d.s.waiting_count) == ("waiting", 1)
+
+
+# ---- less credit ---------------------------------------------------------------------------------------------------
+
+
+def test_the_credit_goes_down_and_up_again(drive):
+    d = drive(slaves=2, credit=2, batches=8)
+    first, one = d.send()
+    d.send()
+    assert (d.s.held_count, d.s.free_credit) == (2, 2)
+    assert d.s.limit_credit(-1) == -1
+    assert d.s.limit_credit(1) == 0
+    waits = d.submit()
+    assert (d.s.assign(), d.s.free_credit, d.s.ready_count) == (-1, 0, 0)
+    assert d.answer(one, d.dispatch(first)) == "deliver"
+    assert d.assign() == (waits, one)
+    d.submit()
+    assert d.s.limit_credit(0) == 0
+    assert d.answer(one, d.dispatch(waits)) == "deliver"
+    assert (d.s.assign(), d.s.free_credit, d.s.held_count, d.s.waiting_count) == (-1, 0, 1, 1)
+    assert d.s.on_suspect(one) == 0
+    assert d.s.on_ready(one) == 0
+    assert d.s.assign() == -1
+    assert d.s.limit_credit(2) == 0
+    assert (d.s.free_credit, d.s.ready_count) == (3, 2)
+    assert d.assign()[1] == one

@@ -307,7 +307,7 @@ def test_a_run_inside_a_job_goes_on():
 
         def process_job(self, job):
             signal.raise_signal(signal.SIGUSR2)
-            return Counting().run()
+            return Counting(walltime=lambda: 0.0).run()
 
     outer = Outer()
     assert unfinished(outer).ended == 1
