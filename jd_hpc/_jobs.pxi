@@ -29,6 +29,7 @@ cdef class JobSender(Link):
     cdef Buffer slab                    # the slots' memory, where a batch of rows fits into a message; else each has its own
     cdef list slot_buffers              # what a slot has of its own
     cdef list slot_jobs                 # the objects, where jobs are objects
+    cdef dict histories                 # slot → [(slave, how)] of a batch that was struck
     cdef bint draining                  # nothing goes out (_drain.pxi)
     cdef int64_t *sent_ns               # when a slot was sent, where it matters how long jobs take; else NULL
 
@@ -274,6 +275,8 @@ cdef class JobSender(Link):
         header.slot = slot
         if self.job_rows is not None:  # a packed buffer knows its size
             header.body_bytes = count * self.job_rows.row_bytes
+        if len(self.histories) > 0:
+            self.histories.pop(slot, None)  # the slot's last batch had one, and was delivered without a look at it
         if self.scheduler.submit(slot, first, count, strikes) < 0:
             raise ProtocolError("cannot submit " + self.scheduler.describe(slot))
         return 0

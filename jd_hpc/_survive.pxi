@@ -6,7 +6,6 @@ cdef class Survivor(JobSender):
     cdef object acknowledge             # asks MPI which ranks it knows to have failed
     cdef readonly set dead              # ranks whose process is gone: the channel's set, for the runs to come
     cdef readonly set missing           # ranks that did not leave the run: likewise, but they may come back
-    cdef dict histories                 # slot → [(slave, how)] of a batch that was struck
     cdef object again                   # (index, job, strikes, history) of jobs that go out one by one
     cdef int again_count
     cdef bint mpi_failed                # an MPI call told of a rank that failed

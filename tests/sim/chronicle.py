@@ -28,6 +28,7 @@ class Chronicle(Books):
         names = {"messages sent": "sent", "late results dropped": "late", "slaves lost": "lost", "slaves suspected": "suspected"}
         self.history.counters = {name: getattr(self.s, attribute) for name, attribute in names.items()}
         self.history.counters["jobs"] = self.scenario.jobs
+        self.history.how = "drained" if self.scenario.drains else "ok"
         self.history.__exit__(type(error), error, None)
 
     def dispatches(self, slot: int) -> Dispatch:

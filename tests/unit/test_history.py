@@ -107,7 +107,7 @@ def test_a_local_run(path, kind, grain):
     first, *_, last = events_of(path)
     assert (first["class"], first["slaves"], first["pid"], first["program"]) == (kind.__name__, 0, os.getpid(), sys.argv[0])
     assert first["options"]["grain"] == grain
-    assert last["counters"] == {"jobs": 10}
+    assert last["counters"] == {"jobs": 10, "from journal": 0}
     times = [event["t"] for event in events_of(path)]
     assert times == sorted(times)
     assert 0 <= times[0] <= times[-1] < 60

@@ -578,4 +578,4 @@ def test_without_a_journal_there_is_none(tmp_path, monkeypatch):
     sweep = squares(5)
     sweep.run()
     assert names(tmp_path) == []
-    assert sweep.stats == {}
+    assert sweep.stats == {"jobs": 5, "from journal": 0}
