@@ -1,4 +1,4 @@
-"""The command ``jd-hpc``: launch and doctor.
+"""The command ``jd-hpc``: launch, doctor and slurm.
 
 The rules it keeps: words are taken apart here and nowhere else, and every error is one line that names the cure, with exit code 2.
 """
@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 
-from jd_hpc import __version__, launch
+from jd_hpc import __version__, launch, slurm_tools
 from jd_hpc.errors import LaunchError
 
 PROGRAM_ENDS = (".py", ".pyz")
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of our own options."""
     top = argparse.ArgumentParser("jd-hpc", description="Start scripts of jd_hpc so that they survive the death of a slave.")
     top.add_argument("--version", action="version", version=f"jd_hpc {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="launch | doctor")
+    commands = top.add_subparsers(dest="command", required=True, metavar="launch | doctor | slurm")
     one = commands.add_parser(
         "launch",
         help="run a script under this environment's mpiexec, with the flags that let the others live when a rank dies",
@@ -74,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     two.add_argument("-n", "-np", dest="ranks", type=_rank_count, default=4, metavar="N", help="ranks of the trial, default 4")
     for each in (one, two):
         each.add_argument("--mpiexec", metavar="PATH", help="default: this environment's own, then the one on PATH")
+    slurm_tools.add_commands(commands)
     return top
 
 
@@ -86,6 +87,8 @@ def main(words: list[str] | None = None) -> int:
         ours, given, program = split_words(words[1:])
         words = ["launch", *ours]
     options = parser().parse_args(words)
+    if options.command == "slurm":
+        return slurm_tools.run(options)
     try:
         launcher_path = launch.find_mpiexec(options.mpiexec)
         if options.command == "doctor":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jd_hpc import ending
+from jd_hpc import ending, slurm
 from jd_hpc.beats import Connection, Listener
 from jd_hpc.errors import FamilyError, LaunchError
 
@@ -154,6 +154,7 @@ class Channel:
         self.listener: Listener | None = None
         self.connection: Connection | None = None
         self._connect()
+        self._leave_pmix()
         _channels.add(self)
 
     def _connect(self) -> None:
@@ -181,6 +182,21 @@ class Channel:
             self.listener.poll(time.monotonic())
         if troubles and self.comm.Get_rank() == 0:
             logger.warning("No signs of life from all ranks, so that one that dies may go unnoticed: %s", "; ".join(troubles[:3]))
+
+    def _leave_pmix(self) -> None:
+        """Where the user wants it (see slurm.py) no rank's death is to reach Slurm's PMIx: collective."""
+        if not slurm.leaves_pmix_early():
+            return
+        for rank in range(1, self.comm.Get_size()):  # MPI asks PMIx for an address when a rank is first spoken to
+            if self.comm.Get_rank() == 0:
+                self.comm.send(None, rank)
+                self.comm.recv(None, rank)
+            elif self.comm.Get_rank() == rank:
+                self.comm.recv(None, 0)
+                self.comm.send(None, 0)
+        self.comm.Barrier()
+        if slurm.leave_pmix():
+            ending.failed("PMIx was left early, and MPI_Finalize needs it", self._others_gone)
 
     def beat_every(self, period_s: float) -> Any:
         """Slave: give a sign of life so often; 0: none. Returns what tells whether the master is there, or None."""

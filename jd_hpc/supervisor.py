@@ -24,6 +24,7 @@ import warnings
 from pathlib import Path
 from typing import NoReturn
 
+from jd_hpc import slurm
 from jd_hpc.errors import LaunchError
 
 RANK_VARIABLES = ("PMIX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
@@ -131,7 +132,8 @@ def passes_code_on() -> bool:
 
     That is so for rank 0 under an Open MPI that was told to bear deaths: mpiexec may return 0 whatever MPI_Abort was given.
     """
-    return _Rank.pid == os.getpid() and os.environ.get(LINGER_VARIABLE) == "0" and "PMIX_RANK" in os.environ
+    supervised = _Rank.pid == os.getpid()
+    return supervised and os.environ.get(LINGER_VARIABLE) == "0" and "PMIX_RANK" in os.environ and not slurm.started_by_srun()
 
 
 def _do_nothing(number: int, frame: object) -> None:
@@ -145,9 +147,11 @@ def _supervise(child: int, rank: int, launcher: int, read_fd: int) -> NoReturn:
         _put_handlers(child)
         died_by = _wait(child, launcher)
         code = died_by if died_by >= 0 else 128 - died_by
+        if rank == 0 and died_by >= 0:
+            slurm.note_exit_code(code)
         word = _last_word(read_fd)
         flags_are_default = os.environ.get(LINGER_VARIABLE, "1") != "0"
-        if died_by >= 0 and word == _IN_ORDER:
+        if (died_by >= 0 and word == _IN_ORDER) or slurm.started_by_srun():
             pass
         elif rank > 0 and flags_are_default:
             _linger(launcher)
