@@ -153,6 +153,8 @@ class Channel:
         self.missing: set[int] = set()
         self.listener: Listener | None = None
         self.connection: Connection | None = None
+        if self.comm.Get_rank() == 0 and len(self.hosts) > 1:
+            _warn_of_ucx()
         self._connect()
         self._leave_pmix()
         _channels.add(self)
@@ -290,6 +292,17 @@ def _part() -> None:
 ending.before_end(_part)
 
 
+def _warn_of_ucx() -> None:
+    """Between hosts MPICH 5.0.2's UCX over TCP lost messages that met a receive from any source, with plain mpi4py too."""
+    from mpi4py import MPI
+
+    vendor, version = MPI.get_vendor()
+    library = MPI.Get_library_version()
+    if vendor == "MPICH" and version >= (5,) and "ch4:ucx" in library and os.environ.get("MPIR_CVAR_CH4_NETMOD") != "ofi":
+        cure = "export MPIR_CVAR_CH4_NETMOD=ofi" if "ofi" in library else "an MPICH that is built with ch4:ofi"
+        logger.warning("MPICH's UCX may lose messages between hosts, and a run then hangs. Cure: %s, before ranks are started.", cure)
+
+
 def as_machine(vm: Any) -> LocalMachine | MPIMachine:
     """Return the machine for what a user passed as `vm`: None, a machine, or a communicator."""
     if vm is None:
@@ -319,10 +332,12 @@ def check_launch(world_size: int, environ: dict[str, str]) -> None:
         cause = "srun was not told which MPI this is: it is srun --mpi=pmi2 for MPICH and srun --mpi=pmix for Open MPI"
     else:
         return
+    cure = "use the launcher that belongs to the MPI of mpi4py; for an MPI from PyPI that is the mpiexec in the same environment's bin"
+    if int(by_slurm) > 1:
+        cure = 'srun --mpi=pmi2 or --mpi=pmix, as said; or before srun: eval "$(jd-hpc slurm env)", which finds out which'
     raise LaunchError(
         f"{max(by_openmpi, by_mpich, by_slurm, key=int)} processes were launched, but MPI sees only this one: each would do all "
-        f"the work. Cause: {cause}. Cure: use the launcher that belongs to the MPI of mpi4py; for an MPI from PyPI that is the "
-        f"mpiexec in the same environment's bin folder."
+        f"the work. Cause: {cause}. Cure: {cure}."
     )
 
 
