@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 NODES = ("n1", "n2", "n3", "n4")
 CPUS = 4
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo", "unshare", "nsenter", "ip")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo", "squeue", "unshare", "nsenter", "ip")
 PACKAGES = "slurmctld slurmd slurm-client munge libpmix-dev iproute2"
 """Debian's. Its Slurm looks for libpmix.so, which is in the -dev package only."""
 UNSHARE = ("unshare", "--net", "--uts", "--mount", "--pid", "--ipc", "--fork", "--kill-child", "--mount-proc")
@@ -169,12 +169,18 @@ class Cluster:
         return {**env, "SLURM_CONF": str(self.folder / "slurm.conf"), "OPENBLAS_NUM_THREADS": "1", **settings}
 
     def command(self, *words: object, limit_s: float = COMMAND_LIMIT_S, cwd: Path | None = None, **settings: str) -> Done:
-        """Run a command of Slurm and return its exit code and what it printed."""
-        done = subprocess.run(
-            self._at_site(*map(str, words)), cwd=cwd or self.folder, env=self.environment(**settings), timeout=limit_s,
+        """Run a command and return its exit code and what it printed; -1 if it had to be ended."""
+        run = subprocess.Popen(
+            self._at_site(*map(str, words)), cwd=cwd or self.folder, env=self.environment(**settings),
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
         )  # fmt: skip
-        return Done(done.returncode, done.stdout)
+        try:
+            out, code = run.communicate(timeout=limit_s)[0], run.returncode
+        except subprocess.TimeoutExpired:
+            jobs = self.command("squeue", "-o", "%i %j %T %r %N").out
+            run.kill()
+            out, code = f"{run.communicate()[0]}\nnot within {limit_s:g} s\n{jobs}", -1
+        return Done(code, out)
 
     def submit(self, *words: object, cwd: Path, **settings: str) -> str:
         """Give a job to sbatch and return its number."""
