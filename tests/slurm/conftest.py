@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -63,8 +64,7 @@ class User:
     def __init__(self, cluster: Cluster, family: str, python: str, name: str) -> None:
         self.cluster, self.family, self.python = cluster, family, python
         self.mpi_type = {"openmpi": "pmix", "mpich": "pmi2"}[family]
-        self.folder = cluster.folder / f"{name}-{family}"
-        self.folder.mkdir()
+        self.folder = Path(tempfile.mkdtemp(prefix=f"{name}-{family}-", dir=cluster.folder))
         for path in (SWEEP, *TEMPLATES.glob("*.sbatch")):
             shutil.copy(path, self.folder)
         self.settings = {"PATH": f"{Path(python).parent}:{os.environ['PATH']}"}

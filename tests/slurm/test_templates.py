@@ -54,7 +54,7 @@ def test_the_journals_of_an_array_make_one(runs, family):
     user = runs[family, "array"][0]
     journals = sorted(path.name for path in user.folder.glob("sweep.[0-9]*.journal"))
     assert len(journals) == 4
-    merged = user.jd_hpc("journal", "merge", "sweep.journal", *journals)
+    merged = user.jd_hpc("journal", "merge", "--append", "sweep.journal", *journals)
     assert merged.code == 0, merged.out
     exported = user.jd_hpc("journal", "export", "sweep.journal", "sweep.csv")
     assert exported.code == 0, exported.out
