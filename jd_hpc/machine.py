@@ -300,7 +300,7 @@ def _warn_of_ucx() -> None:
     library = MPI.Get_library_version()
     if vendor == "MPICH" and version >= (5,) and "ch4:ucx" in library and os.environ.get("MPIR_CVAR_CH4_NETMOD") != "ofi":
         cure = "export MPIR_CVAR_CH4_NETMOD=ofi" if "ofi" in library else "an MPICH that is built with ch4:ofi"
-        logger.warning("MPICH's UCX may lose messages between hosts, and a run then hangs. Cure: %s, before ranks are started.", cure)
+        logger.warning("MPICH's UCX may lose messages between hosts, and a run then hangs. Cure, before the launch: %s", cure)
 
 
 def as_machine(vm: Any) -> LocalMachine | MPIMachine:
@@ -332,9 +332,13 @@ def check_launch(world_size: int, environ: dict[str, str]) -> None:
         cause = "srun was not told which MPI this is: it is srun --mpi=pmi2 for MPICH and srun --mpi=pmix for Open MPI"
     else:
         return
-    cure = "use the launcher that belongs to the MPI of mpi4py; for an MPI from PyPI that is the mpiexec in the same environment's bin"
     if int(by_slurm) > 1:
         cure = 'srun --mpi=pmi2 or --mpi=pmix, as said; or before srun: eval "$(jd-hpc slurm env)", which finds out which'
+    else:
+        cure = (
+            "use the launcher that belongs to the MPI of mpi4py; for an MPI from PyPI that is the mpiexec in the same "
+            "environment's bin folder"
+        )
     raise LaunchError(
         f"{max(by_openmpi, by_mpich, by_slurm, key=int)} processes were launched, but MPI sees only this one: each would do all "
         f"the work. Cause: {cause}. Cure: {cure}."

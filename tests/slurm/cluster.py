@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 NODES = ("n1", "n2", "n3", "n4")
 CPUS = 4
@@ -111,7 +111,7 @@ def _address(node: str) -> str:
 
 
 def _network(pid: int) -> str:
-    return os.readlink(f"/proc/{pid}/ns/net")
+    return str(Path(f"/proc/{pid}/ns/net").readlink())
 
 
 def wait_for(what: str, ready: Callable[[], object], limit_s: float, every_s: float = 0.1) -> None:
@@ -138,7 +138,7 @@ class Cluster:
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._jobs: list[str] = []
 
-    def __enter__(self) -> Cluster:
+    def __enter__(self) -> Self:
         try:
             self._configure()
             self._start_site()

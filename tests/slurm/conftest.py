@@ -117,4 +117,3 @@ def as_user(whole_cluster, pythons):
 def user(request, cluster, as_user):
     """A user of either family."""
     return as_user(request.param, request.node.originalname)
-
