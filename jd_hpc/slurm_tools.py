@@ -45,8 +45,9 @@ def settings(family: str, version: tuple[int, ...], library: str, prefix: Path, 
     if family == "mpich":
         found = {"SLURM_MPI_TYPE": "pmi2"}
         if re.search(r"ch4:ucx[ ,]+ofi", library):
-            # Through UCX over TCP, messages that meet a receive from any source got lost (MPICH 5.0.2, with plain mpi4py too).
-            found["MPIR_CVAR_CH4_NETMOD"] = "ofi"
+            # Through UCX over TCP, messages that meet a receive from any source got lost (MPICH 5.0.2, with plain mpi4py too), and
+            # with libfabric's psm3 on plain Ethernet one MPI_Init in ten did not come back.
+            found |= {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "^psm3"}
         return found
     found = {"SLURM_MPI_TYPE": "pmix"}
     if version >= (5,):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import FAMILIES, TEMPLATES
+from slurm_helpers import FAMILIES, TEMPLATES
 
 SIZES = {"basic": 4, "resume": 4, "array": 2, "survive": 6, "big": 16, "rendered": 3}
 """The ranks that each of them has, or its tasks have."""

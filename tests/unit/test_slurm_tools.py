@@ -107,7 +107,7 @@ def test_bad_numbers_are_refused(capsys, words, said):
 @pytest.mark.parametrize(
     ("family", "version", "library", "survive", "expected"),
     [
-        ("mpich", (5, 0, 2), MPICH_BOTH, False, {"SLURM_MPI_TYPE": "pmi2", "MPIR_CVAR_CH4_NETMOD": "ofi"}),
+        ("mpich", (5, 0, 2), MPICH_BOTH, False, {"SLURM_MPI_TYPE": "pmi2", "MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "^psm3"}),
         ("mpich", (4, 0, 2), MPICH_UCX, True, {"SLURM_MPI_TYPE": "pmi2"}),
         ("openmpi", (4, 1, 4), "", True, {"SLURM_MPI_TYPE": "pmix"}),
         ("openmpi", (5, 0, 3), "", False, {"SLURM_MPI_TYPE": "pmix"}),
