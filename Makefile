@@ -1,4 +1,4 @@
-# make demo | test | soak | chaos | lint | bench | wheel | clean | distclean          MPI=openmpi (the default) or MPI=mpich
+# make demo | test | test-slurm | soak | chaos | lint | bench | wheel | clean | distclean     MPI=openmpi (the default) or MPI=mpich
 #
 # Nothing need be there but make, a C compiler and a Python >= 3.11 with its headers (PYTHON=... names another one).
 # The MPI comes as a wheel into an environment of its own: .venv for the default family, .venv-<family> for the other.
@@ -32,7 +32,7 @@ endif
 # What an environment is made from. A change of any of these installs anew; pure Python needs no new install.
 SOURCES := pyproject.toml setup.py jd_hpc/scheduler.py $(wildcard jd_hpc/*.pyx jd_hpc/*.pxd jd_hpc/*.pxi)
 
-.PHONY: demo test soak chaos lint bench wheel clean distclean
+.PHONY: demo test test-slurm soak chaos lint bench wheel clean distclean
 .DELETE_ON_ERROR:
 
 # dev contains example.
@@ -41,6 +41,10 @@ demo: $(firstword $(wildcard $(VENV)/.made-dev) $(VENV)/.made-example)
 
 test: $(VENV)/.made-dev
 	bash .ci/test
+
+# On a real Slurm of four nodes on this machine, for each family whose environment is there. Needs root, and Slurm: see .ci/slurm.
+test-slurm: $(VENV)/.made-dev
+	bash .ci/slurm
 
 # A million random schedules with faults. SOAK="--seed 17 --count 1" replays one.
 soak: $(VENV)/.made-dev

@@ -1,4 +1,4 @@
-"""The command ``jd-hpc``: launch, doctor, check and journal.
+"""The command ``jd-hpc``: launch, doctor, check, journal and slurm.
 
 The rules it keeps: words are taken apart here and nowhere else, and every error is one line that names the cure, with exit code 2.
 """
@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 
-from jd_hpc import __version__, allocation, check, journal_tools, launch, verdict
+from jd_hpc import __version__, allocation, check, journal_tools, launch, slurm_tools, verdict
 from jd_hpc.errors import HistoryError, LaunchError, WalltimeError
 
 PROGRAM_ENDS = (".py", ".pyz")
@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of our own options."""
     top = argparse.ArgumentParser("jd-hpc", description="Start scripts of jd_hpc so that they survive the death of a slave.")
     top.add_argument("--version", action="version", version=f"jd_hpc {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="launch | doctor | check | journal")
+    commands = top.add_subparsers(dest="command", required=True, metavar="launch | doctor | check | journal | slurm")
     one = commands.add_parser(
         "launch",
         help="run a script under this environment's mpiexec, with the flags that let the others live when a rank dies",
@@ -95,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
     for each in (one, two):
         each.add_argument("--mpiexec", metavar="PATH", help="default: this environment's own, then the one on PATH")
     journal_tools.add_commands(commands)
+    slurm_tools.add_commands(commands)
     return top
 
 
@@ -131,6 +132,8 @@ def main(words: list[str] | None = None) -> int:
         return check_histories(options.files)
     if options.command == "journal":
         return journal_tools.run(options)
+    if options.command == "slurm":
+        return slurm_tools.run(options)
     try:
         launcher_path = launch.find_mpiexec(options.mpiexec)
         if options.command == "doctor":

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
-from jd_hpc import supervisor
+from jd_hpc import slurm, supervisor
 from jd_hpc.errors import Unfinished
 
 logger = logging.getLogger("jd_hpc")
@@ -113,6 +113,7 @@ def leave(code: int) -> NoReturn:
         _abort(mpi, code)
     else:
         remove_shared_memory("mpich_shm_")  # every rank of a node has it mapped since MPI_Init
+        slurm.leave_pmix()
     os._exit(code)
 
 
@@ -125,15 +126,15 @@ def remove_shared_memory(*prefixes: str) -> None:
 
 
 def _abort(mpi: Any, code: int) -> None:
-    end = time.monotonic() + _Ending.grace_s
-    if _Ending.others_gone is not None:
-        # A question that raises has no answer: MPI may be in any state now.
-        with contextlib.suppress(Exception):
-            while not _Ending.others_gone() and time.monotonic() < end:
-                time.sleep(0.005)
+    all_gone = _wait_for_others()
+    if all_gone and slurm.started_by_srun():
+        remove_shared_memory()
+        slurm.leave_pmix()
+        os._exit(code)
     logger.info("ends by MPI_Abort with exit code %d, whatever MPI calls it: %s", code, _Ending.why)
     _flush()
     remove_shared_memory()
+    slurm.note_exit_code(code)
     supervisor.say_aborts()
     if code and supervisor.passes_code_on():
         os._exit(code)
@@ -141,6 +142,18 @@ def _abort(mpi: Any, code: int) -> None:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(ABORT_LIMIT_S)
     mpi.COMM_WORLD.Abort(code)
+
+
+def _wait_for_others() -> bool:
+    """Wait for those that are still at work, for a bounded time, and tell whether all have left."""
+    end = time.monotonic() + _Ending.grace_s
+    if _Ending.others_gone is not None:
+        # A question that raises has no answer: MPI may be in any state now.
+        with contextlib.suppress(Exception):
+            while not (gone := _Ending.others_gone()) and time.monotonic() < end:
+                time.sleep(0.005)
+            return gone
+    return False
 
 
 def _live_mpi() -> Any:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jd_hpc import ending, supervisor
+from jd_hpc import ending, slurm, supervisor
 from jd_hpc.beats import Connection, Listener
 from jd_hpc.errors import FamilyError, LaunchError
 
@@ -154,7 +154,10 @@ class Channel:
         self.missing: set[int] = set()
         self.listener: Listener | None = None
         self.connection: Connection | None = None
+        if self.comm.Get_rank() == 0 and len(self.hosts) > 1:
+            _warn_of_ucx()
         self._connect()
+        self._leave_pmix()
         _channels.add(self)
         supervisor.say_joined()
 
@@ -183,6 +186,21 @@ class Channel:
             self.listener.poll(time.monotonic())
         if troubles and self.comm.Get_rank() == 0:
             logger.warning("No signs of life from all ranks, so that one that dies may go unnoticed: %s", "; ".join(troubles[:3]))
+
+    def _leave_pmix(self) -> None:
+        """Where the user wants it (see slurm.py) no rank's death is to reach Slurm's PMIx: collective."""
+        if not slurm.leaves_pmix_early():
+            return
+        for rank in range(1, self.comm.Get_size()):  # MPI asks PMIx for an address when a rank is first spoken to
+            if self.comm.Get_rank() == 0:
+                self.comm.send(None, rank)
+                self.comm.recv(None, rank)
+            elif self.comm.Get_rank() == rank:
+                self.comm.recv(None, 0)
+                self.comm.send(None, 0)
+        self.comm.Barrier()
+        if slurm.leave_pmix():
+            ending.failed("PMIx was left early, and MPI_Finalize needs it", self._others_gone)
 
     def beat_every(self, period_s: float) -> Any:
         """Slave: give a sign of life so often; 0: none. Returns what tells whether the master is there, or None."""
@@ -281,6 +299,17 @@ def _part() -> None:
 ending.before_end(_part)
 
 
+def _warn_of_ucx() -> None:
+    """Between hosts MPICH 5.0.2's UCX over TCP lost messages that met a receive from any source, with plain mpi4py too."""
+    from mpi4py import MPI
+
+    vendor, version = MPI.get_vendor()
+    library = MPI.Get_library_version()
+    if vendor == "MPICH" and version >= (5,) and "ch4:ucx" in library and os.environ.get("MPIR_CVAR_CH4_NETMOD") != "ofi":
+        cure = "export MPIR_CVAR_CH4_NETMOD=ofi" if "ofi" in library else "an MPICH that is built with ch4:ofi"
+        logger.warning("MPICH's UCX may lose messages between hosts, and a run then hangs. Cure, before the launch: %s", cure)
+
+
 def as_machine(vm: Any) -> LocalMachine | MPIMachine:
     """Return the machine for what a user passed as `vm`: None, a machine, or a communicator."""
     if vm is None:
@@ -310,10 +339,16 @@ def check_launch(world_size: int, environ: dict[str, str]) -> None:
         cause = "srun was not told which MPI this is: it is srun --mpi=pmi2 for MPICH and srun --mpi=pmix for Open MPI"
     else:
         return
+    if int(by_slurm) > 1:
+        cure = 'srun --mpi=pmi2 or --mpi=pmix, as said; or before srun: eval "$(jd-hpc slurm env)", which finds out which'
+    else:
+        cure = (
+            "use the launcher that belongs to the MPI of mpi4py; for an MPI from PyPI that is the mpiexec in the same "
+            "environment's bin folder"
+        )
     raise LaunchError(
         f"{max(by_openmpi, by_mpich, by_slurm, key=int)} processes were launched, but MPI sees only this one: each would do all "
-        f"the work. Cause: {cause}. Cure: use the launcher that belongs to the MPI of mpi4py; for an MPI from PyPI that is the "
-        f"mpiexec in the same environment's bin folder."
+        f"the work. Cause: {cause}. Cure: {cure}."
     )
 
 

@@ -26,6 +26,7 @@ import warnings
 from pathlib import Path
 from typing import NoReturn
 
+from jd_hpc import slurm
 from jd_hpc.errors import LaunchError
 
 RANK_VARIABLES = ("PMIX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
@@ -154,7 +155,8 @@ def passes_code_on() -> bool:
 
     That is so for rank 0 under an Open MPI that was told to bear deaths: mpiexec may return 0 whatever MPI_Abort was given.
     """
-    return is_there() and os.environ.get(LINGER_VARIABLE) == "0" and "PMIX_RANK" in os.environ
+    told_to_bear = os.environ.get(LINGER_VARIABLE) == "0"
+    return is_there() and told_to_bear and "PMIX_RANK" in os.environ and not slurm.started_by_srun()
 
 
 def is_of_terminal(told: signal.struct_siginfo) -> bool:
@@ -175,10 +177,16 @@ def _supervise(child: int, rank: int, launcher: int, read_fd: int) -> NoReturn:
         died_by = _wait(child, launcher)
         words = _words(read_fd)
         flags_are_default = os.environ.get(LINGER_VARIABLE, "1") != "0"
+        died_code = died_by if died_by >= 0 else 128 - died_by
         if rank == 0:
-            code = died_by if died_by >= 0 else 128 - died_by
+            code = died_code
+            if died_by >= 0:
+                slurm.note_exit_code(code)
         if died_by >= 0 and _IN_ORDER in words:
             pass
+        elif slurm.started_by_srun():
+            if rank > 0 and _JOINED not in words:
+                code = died_code or 1  # the others wait for it
         elif rank > 0 and _JOINED in words:
             if flags_are_default:
                 _linger(launcher, rank_0)

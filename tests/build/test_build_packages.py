@@ -16,6 +16,7 @@ PACKAGE_SOURCES = {
     for end in ("*.py", "*.pyx", "*.pxd", "*.pxi", "*.pyi", "py.typed")
     for path in (PROJECT / "jd_hpc").rglob(end)
 }
+TEMPLATES = {f"jd_hpc/templates/{path.name}" for path in (PROJECT / "slurm").glob("*.sbatch")}
 
 
 def assert_core_loads(environment: Path, family: str, cwd: Path):
@@ -29,14 +30,15 @@ def assert_core_loads(environment: Path, family: str, cwd: Path):
 def test_sdist_is_complete(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    needed = PACKAGE_SOURCES | {"pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "Makefile", ".ci/run"}
+    needed = PACKAGE_SOURCES | TEMPLATES | {f"slurm/{Path(name).name}" for name in TEMPLATES}
+    needed |= {"pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "Makefile", ".ci/run"}
     assert needed - names == set()
     assert not [name for name in names if name.endswith((".so", ".c")) and name.startswith("jd_hpc/")]
 
 
 def test_wheel_holds_stubs_and_declarations_but_no_generated_source(wheel, family):
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {name for name in PACKAGE_SOURCES if not name.endswith((".pyx", ".pxi"))} - names == set()
+    assert {name for name in PACKAGE_SOURCES | TEMPLATES if not name.endswith((".pyx", ".pxi"))} - names == set()
     cores = [name for name in names if name.startswith("jd_hpc/_core_") and name.endswith(".so")]
     assert len(cores) == 1
     assert cores[0].startswith(f"jd_hpc/_core_{family}.")
@@ -47,6 +49,8 @@ def test_wheel_runs_in_a_fresh_environment(wheel, family, environments, tmp_path
     fresh = environments[family]
     run([fresh / "bin/pip", "install", "-q", f"jd_hpc[{family}] @ {wheel.as_uri()}"], tmp_path)
     assert_core_loads(fresh, family, tmp_path)
+    rendered = run([fresh / "bin/jd-hpc", "slurm", "render", "--nodes", "7"], tmp_path).stdout
+    assert "#SBATCH --nodes=7 " in rendered
     run([fresh / "bin/pip", "uninstall", "-q", "-y", "jd_hpc"], tmp_path)
 
 

@@ -40,7 +40,8 @@ def mpi():
     ],
 )
 def test_silent_singletons_are_refused(environ, cause):
-    with pytest.raises(LaunchError, match=f"{cause}.*Cure: use the .* that belongs to the MPI of mpi4py"):
+    cures = "use the .* that belongs to the MPI of mpi4py|srun --mpi=pmi2 or --mpi=pmix.*jd-hpc slurm env"
+    with pytest.raises(LaunchError, match=f"{cause}.*Cure: ({cures})"):
         check_launch(1, environ | {"PATH": "/bin"})
 
 
