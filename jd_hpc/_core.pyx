@@ -27,6 +27,7 @@ from jd_hpc.scheduler cimport BATCH_SENT, BATCH_WAITING, SLAVE_LOST, SLAVE_UP, V
 from jd_hpc.wire cimport *
 
 import logging
+import pickle
 from collections import deque
 
 import numpy as np
@@ -47,6 +48,11 @@ logger = logging.getLogger("jd_hpc")
 FAILED_CLASSES = {
     code for code in (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_PROC_ABORTED) if code > 20
 }
+
+# What pickle makes of nonsense. Anything else comes from a signal handler, and is not the sender's fault.
+UNREADABLE = (
+    pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, ImportError, LookupError, MemoryError, TypeError, ValueError,
+)
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
@@ -486,9 +492,7 @@ cdef class Link:
         """What a rank has pickled, if it is what it must be."""
         try:
             value = unpack(buffer.memory[start:end])
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
+        except UNREADABLE as error:
             raise ProtocolError(f"rank {source} sent what cannot be read: {error}") from error
         if not isinstance(value, kind):
             raise ProtocolError(f"rank {source} sent {type(value).__name__} in place of {kind.__name__}")
