@@ -126,6 +126,7 @@ def _abort(mpi: Any, code: int) -> None:
     if all_gone and slurm.started_by_srun():
         remove_shared_memory()
         slurm.leave_pmix()
+        supervisor.say_in_order()
         os._exit(code)
     logger.info("ends by MPI_Abort with exit code %d, whatever MPI calls it: %s", code, _Ending.why)
     _flush()

@@ -151,8 +151,11 @@ def _supervise(child: int, rank: int, launcher: int, read_fd: int) -> NoReturn:
             slurm.note_exit_code(code)
         word = _last_word(read_fd)
         flags_are_default = os.environ.get(LINGER_VARIABLE, "1") != "0"
-        if (died_by >= 0 and word == _IN_ORDER) or slurm.started_by_srun():
+        if died_by >= 0 and word == _IN_ORDER:
             pass
+        elif slurm.started_by_srun():
+            if rank == 0:
+                slurm.end_step()
         elif rank > 0 and flags_are_default:
             _linger(launcher)
         elif rank == 0 and not flags_are_default:
