@@ -62,6 +62,7 @@ class Deliverer(Drainer): ...
 @final
 class Master(Deliverer):
     slave_count: int
+    stop_began: bool
     watched: bool
     def __new__(
         cls,

@@ -17,6 +17,7 @@ cdef class Master(Deliverer):
     run : int
         Number of the run on this communicator.
     """
+    cdef readonly bint stop_began
     cdef readonly int slave_count       # ranks 1 .. slave_count are used; the others wait for the end
     cdef Evaluator evaluator
     cdef list early_in                  # what came in for this run while the last one ended
@@ -317,7 +318,7 @@ cdef class Master(Deliverer):
         cdef int rank
         if stops == NULL:
             raise MemoryError()
-        self.parting = True
+        self.parting = self.stop_began = True
         try:
             self.stopping = True
             self.collects = False

@@ -114,6 +114,8 @@ def leave(code: int) -> NoReturn:
     else:
         remove_shared_memory("mpich_shm_")  # every rank of a node has it mapped since MPI_Init
         slurm.leave_pmix()
+        if mpi.COMM_WORLD.Get_size() == 1:  # nobody's end is bound to ours, whatever the launcher believes
+            supervisor.say_in_order()
     os._exit(code)
 
 
@@ -130,6 +132,7 @@ def _abort(mpi: Any, code: int) -> None:
     if all_gone and slurm.started_by_srun():
         remove_shared_memory()
         slurm.leave_pmix()
+        supervisor.say_in_order()
         os._exit(code)
     logger.info("ends by MPI_Abort with exit code %d, whatever MPI calls it: %s", code, _Ending.why)
     _flush()

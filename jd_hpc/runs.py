@@ -132,6 +132,10 @@ class Run:
                     machine.busy = None
                     try:
                         self._stop(channel, master)
+                    except BaseException:
+                        if not master.stop_began:  # a signal handler of the user's raised on the way there
+                            self._stop(channel, master)
+                        raise
                     finally:
                         history.counters = dispatcher.stats
             self._log("run %d: %s", master.run, dispatcher.stats)

@@ -67,6 +67,13 @@ def leave_pmix() -> bool:
     return False
 
 
+def end_step() -> None:
+    """Have Slurm end all ranks. The master is gone, and MPICH may hold a slave that notices in a call that never comes back."""
+    step = f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
+    with contextlib.suppress(OSError):
+        os.spawnlp(os.P_NOWAIT, "scancel", "scancel", "--signal=KILL", step)
+
+
 def note_exit_code(code: int) -> None:
     """Master: write its exit code into the file that CODE_VARIABLE names, if it does."""
     if path := os.environ.get(CODE_VARIABLE):

@@ -185,7 +185,9 @@ def _supervise(child: int, rank: int, launcher: int, read_fd: int) -> NoReturn:
         if died_by >= 0 and _IN_ORDER in words:
             pass
         elif slurm.started_by_srun():
-            if rank > 0 and _JOINED not in words:
+            if rank == 0:
+                slurm.end_step()
+            elif _JOINED not in words:
                 code = died_code or 1  # the others wait for it
         elif rank > 0 and _JOINED in words:
             if flags_are_default:
