@@ -43,7 +43,7 @@ WATCH_S = 3.0
 """How long a launcher may take to end after rank 0 has left a run that failed."""
 COURTESY_S = 1.0
 """How long the others may still write, when a rank that cannot be spared has died."""
-MERCY_S = 5.0
+MERCY_S = 2.0
 """After the launcher is gone the rank gets TERM, and after this time KILL."""
 
 _PR_SET_PDEATHSIG = 1

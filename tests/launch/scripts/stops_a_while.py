@@ -7,8 +7,11 @@ from jd_hpc.chaos import strike
 
 
 class Target(Squares):
+    has_stopped = False
+
     def process_job(self, job):
-        if job == 5 and not self.machine.is_master:
+        if job == 5 and not self.has_stopped and not self.machine.is_master:
+            self.has_stopped = True
             strike("stop", 3.0)
         return super().process_job(job)
 
