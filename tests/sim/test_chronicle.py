@@ -18,9 +18,18 @@ UNSEEN = {
     "a lost slave's credit is not taken back": "nobody gets more than his credit",
     "a suspect's credit is counted twice when it is back": "likewise",
     "a suspect that is back is still counted": "nothing goes wrong because of it",
+    "a suspect that is lost is counted as up": "counts are the scheduler's own business",
+    "a suspect that is lost is still counted": "likewise",
+    "what a lost slave held counts as held": "likewise",
+    "a slave that holds as much as it may keeps its turn": "a history does not tell to what the credit was limited",
+    "a slave that may hold more gets no turn": "likewise",
+    "a slave that answers gets more than is left to give": "likewise",
+    "a slave that reports gets something when nothing goes out": "likewise",
+    "a slave above its credit gives back too much": "likewise",
+    "a returned slave stands in the queue twice": "it looks for a slave for ever, if the books do not stop it before",
     "who answered last gets the next batch": "turns are not promised",
 }
-"""Faults that break no promise which a history can tell of."""
+"""Faults that break no promise which a history can tell of, or that come to no end."""
 
 
 @pytest.fixture

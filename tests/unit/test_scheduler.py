@@ -406,3 +406,12 @@ def test_the_credit_goes_down_and_up_again(drive):
     assert d.s.limit_credit(2) == 0
     assert (d.s.free_credit, d.s.ready_count) == (3, 2)
     assert d.assign()[1] == one
+
+
+def test_a_limit_keeps_the_turns_of_those_that_are_there(drive):
+    d = drive(slaves=3, credit=2)
+    d.s.on_lost(2)  # it still stands in the queue
+    assert d.s.limit_credit(1) == 0
+    assert (d.s.ready_count, d.s.free_credit) == (2, 2)
+    assert [d.send()[1] for _ in range(2)] == [1, 3]
+    assert d.s.assign() == -1
