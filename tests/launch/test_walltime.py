@@ -147,8 +147,8 @@ def test_a_run_is_drained_and_the_next_does_the_rest(ends, family, case):
     lines = [line for line in ended.err.splitlines() if line.startswith("jd_hpc: drained")]
     assert len(lines) == 1
     assert f": {len(done)} jobs ended, " in lines[0]
-    assert "cut off" not in lines[0]
-    if case.numbers:
+    if case.numbers:  # the clock does not wait for a rank that waits for its core
+        assert "cut off" not in lines[0]
         assert f"({case.numbers[0].name} at rank " in lines[0]
         assert seconds < SLACK_S
     if case.way is Launch:
