@@ -48,6 +48,8 @@ class Survivor(JobSender):
     dead: set[int]
     missing: set[int]
     failed: bool
+    @property
+    def watched(self) -> bool: ...
     def note(self, event: str, **facts: Any) -> None: ...
     def watch_over(self, watch: Watch, acknowledge: Callable[[], list[int]], grace_s: float) -> None: ...
 
@@ -63,7 +65,6 @@ class Deliverer(Drainer): ...
 class Master(Deliverer):
     slave_count: int
     stop_began: bool
-    watched: bool
     def __new__(
         cls,
         handle: int,
@@ -80,5 +81,7 @@ class Master(Deliverer):
     def stop(self) -> None: ...
 
 FAILED_CLASSES: set[int]
+UNREADABLE: tuple[type[Exception], ...]
+GIVE_UP_AFTER: int
 
 def layout() -> dict[str, Any]: ...
