@@ -28,6 +28,7 @@ class StoppedAtWork(BaseException): ...
 class Slave(Link):
     failed: bool
     drained: bool
+    parted: bool
     beat: Any
     asked: Asked | None
     def __new__(cls, handle: int, run: int, body_turn: NDArray[np.uint32]) -> Self: ...

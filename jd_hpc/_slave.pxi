@@ -34,6 +34,7 @@ cdef class Slave(Link):
     cdef int queue_length
     cdef bint stopped
     cdef readonly bint failed           # the master says that ranks failed
+    cdef readonly bint parted           # the goodbye has gone out
     cdef readonly bint drained          # the master says that not all jobs have ended
     cdef public object asked            # signals.Asked, or None: what is to be passed on to the master
     cdef int told_level                 # what was passed on of it
@@ -365,6 +366,7 @@ cdef class Slave(Link):
                     self.rest(False)
             self.unpost()  # first: what the master says after the goodbye belongs to the next run
             self.say(KIND_BYE, None)
+            self.parted = True
         except BaseException:
             self.failed = True  # the master waits for the goodbye
             raise

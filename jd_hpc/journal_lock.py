@@ -117,11 +117,16 @@ class JournalLock:
         self.path = f"{journal}.lock"
         self._facts = _facts()
         self._number = 0
+        was_held = False
         while not self._make():
             if (holder := _read(self.path)) is not None:
+                was_held = True
                 why = self._why_gone(holder)
                 if why is not None and self._rob(holder):
                     logger.warning("the journal %s was held by %s: %s; it is taken over", journal, named(holder), why)
+        if was_held:  # somebody who judged the same holder, but is slower, may take this lock for that one
+            time.sleep(GAP_S)
+            self.check()
 
     @property
     def token(self) -> str:

@@ -192,6 +192,8 @@ class Run:
                 slave.leave()
             finally:
                 slave.close()
+                if not slave.parted and channel.connection is not None:
+                    channel.connection.close()  # the process may live on, and the master is not to wait for its goodbye
                 # A slave that was drained, without a supervisor, waits in MPI_Finalize until the master ends the run by MPI_Abort:
                 # the launcher would end the master too if this rank went first.
                 if slave.failed and (supervisor.is_there() or not slave.drained):
@@ -217,8 +219,9 @@ class Run:
 
     def _make_drain(self, plan: Plan) -> Drain:
         """Return what decides when nothing more goes out."""
-        left = allocation.left_of(plan.walltime, os.environ)
-        self._drain = Drain(plan.grain, plan.credit, None if left is None else Walltime(left, plan.walltime_margin_s))
+        left = allocation.left_of(self._dispatcher.walltime, os.environ)
+        walltime = None if left is None else Walltime(left, self._dispatcher.walltime_margin_s)
+        self._drain = Drain(plan.grain, plan.credit, walltime)
         return self._drain
 
     def _unfinished(self, ended: int, put_back: int, cut_off: int) -> Unfinished:

@@ -165,6 +165,13 @@ def test_the_user_does_not_wait_for_a_slave_that_is_stuck(launch):
     assert "KeyboardInterrupt" in ended.err
 
 
+def test_a_slave_that_leaves_without_a_goodbye_and_lives_on(launch):
+    ended = launch(2, "leaves_without_goodbye.py", kind=Launched).wait(15)
+    assert ended.code != 0
+    assert ended.out == "the run ended\n"
+    assert "KeyboardInterrupt" in ended.err
+
+
 @pytest.mark.parametrize("to", ["mpiexec", "its process group"])
 def test_interrupt_of_mpiexec(launch, size, to):
     one = launch(size, "interrupted.py", "python", "uncaught")

@@ -943,9 +943,13 @@ def test_interrupt_while_a_slave_waits(comm, pids):
     class Interrupts(Endless):
         """Gives the slaves nothing to do for a while."""
 
+        sent = False
+
         def process_result(self, index, job, result):
             time.sleep(0.1)
-            os.kill(pids[-1], signal.SIGINT)
+            if not self.sent:
+                self.sent = True
+                os.kill(pids[-1], signal.SIGINT)
             time.sleep(0.1)
 
         def on_startup(self):
