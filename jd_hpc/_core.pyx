@@ -37,8 +37,8 @@ from jd_hpc._batch import kernel_failures
 from jd_hpc.errors import (
     Failure, JobError, MasterLostError, MPIError, PayloadError, ProtocolError, RanksDisagreeError, SlaveError, SlavesLostError,
 )
-from jd_hpc.payload import block_length, check_finite, pack, pack_into, unpack
-from jd_hpc.signals import GIVE_UP_AFTER, pass_on
+from jd_hpc.payload import block_length, check_finite, pack, pack_into, pick, unpack
+from jd_hpc.signals import GIVE_UP_AFTER, is_request, pass_on
 
 cnp.import_array()
 
@@ -247,7 +247,7 @@ cdef class Link:
         i = self.order[self.order_head]
         code = MPI_Test(&self.receives[i], &flag, &self.status)
         if self.is_too_long(code):
-            return self.sweep(code, i)
+            return self.take_out(code, i)
         if self.tolerate(code, self.source):
             return -1
         if flag:
@@ -255,16 +255,19 @@ cdef class Link:
             self.order_length -= 1
             return i
         self.empty_polls += 1
-        if self.empty_polls % POLLS_PER_SWEEP:
-            return -1
-        i = MPI_UNDEFINED
-        code = MPI_Testany(self.posted, self.receives, &i, &flag, &self.status)
-        if not self.is_too_long(code) and (self.tolerate(code, self.source) or not flag):
-            return -1
-        return -1 if i == MPI_UNDEFINED else self.sweep(code, i)
+        return self.sweep() if self.empty_polls % POLLS_PER_SWEEP == 0 else -1
 
     @cython.final
-    cdef int sweep(self, int code, int found) except -2 nogil:
+    cdef int sweep(self) except -2 nogil:
+        """Test all receives."""
+        cdef int code, found = MPI_UNDEFINED, flag = 0
+        code = MPI_Testany(self.posted, self.receives, &found, &flag, &self.status)
+        if not self.is_too_long(code) and (self.tolerate(code, self.source) or not flag):
+            return -1
+        return -1 if found == MPI_UNDEFINED else self.take_out(code, found)
+
+    @cython.final
+    cdef int take_out(self, int code, int found) except -2 nogil:
         """Take a receive that is complete out of the order. A message that was too long for it is rejected."""
         cdef int k, i, kept = 0, length = self.order_length
         for k in range(length):

@@ -241,7 +241,7 @@ cdef class Deliverer(Drainer):
             return 0
         indices = np.array(good, "i8") + first
         indices.flags.writeable = False
-        take(indices, pick(jobs, good, count), pick(results, good, count))
+        take(indices, pick(jobs[:count], good), pick(results[:count], good))
         return 0
 
     # ---- stored results ------------------------------------------------------------------------------------------
@@ -256,17 +256,6 @@ cdef class Deliverer(Drainer):
         self.replays = self.journal.replays
         self.holes_most = self.journal.holes_most
         return 0
-
-
-cdef object pick(object batch, list good, int count):
-    """The rows or objects of a batch whose jobs did not fail."""
-    if len(good) == count:
-        return batch[:count]
-    if isinstance(batch, list):
-        return [batch[i] for i in good]
-    batch = batch[good]
-    batch.flags.writeable = False
-    return batch
 
 
 cdef object row_of(Rows codec, object rows, int i):

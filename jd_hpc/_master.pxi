@@ -228,6 +228,8 @@ cdef class Master(Deliverer):
             if source <= self.slave_count:
                 self.greet(source, self.opened(buffer, offset, end, dict, source))
         elif header.kind == KIND_DRAIN:
+            if not is_request(header.count, header.attempt):
+                raise ProtocolError(f"rank {source} asks to drain at level {header.count} because of signal {header.attempt}")
             if self.drain is not None:
                 pass_on(self.drain, coarse_ns() * 1e-9, header.count, header.attempt, source)
         elif header.kind == KIND_INTERRUPT:
@@ -301,8 +303,6 @@ cdef class Master(Deliverer):
 
     def counters(self):
         """What happened so far, for the log."""
-        if self.scheduler is None:  # the run failed before it began
-            return {}
         return {"jobs": self.next_index, "messages sent": self.scheduler.sent, "late results dropped": self.scheduler.late,
                 "messages refused": self.scheduler.refused + self.dropped, "batches sent again": self.scheduler.resent,
                 "slaves lost": self.scheduler.lost, "slaves suspected": self.scheduler.suspected,

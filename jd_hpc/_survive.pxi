@@ -140,11 +140,18 @@ cdef class Survivor(JobSender):
         return self.take_back(slave, how, True)
 
     cdef int distrust(self, int slave, str why) except -1:
-        """A rank sent what no slave sends: whatever it says in this run is worth nothing."""
-        if not self.distrusted[slave]:
-            self.distrusted[slave] = True
+        """A rank sent what no slave sends: whatever it says in this run is worth nothing.
+
+        What a hook raises waits for run_jobs, so that the receive is posted again first.
+        """
+        if self.distrusted[slave]:
+            return 0
+        self.distrusted[slave] = True
+        try:
             logger.warning("rank %d is not believed any more: %s", slave, why)
             self.miss(slave, "it broke the protocol: " + why)
+        except BaseException as error:
+            self.fail(error)
         return 0
 
     cdef int reject(self, int source, str why) except -1:

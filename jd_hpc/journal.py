@@ -27,7 +27,7 @@ from jd_hpc._batch import Rows, fingerprints
 from jd_hpc.errors import JobError, JournalMismatchError, PayloadError
 from jd_hpc.journal_file import CHUNK_BYTES, Fingerprints, Indices, Piece, Table, dtype_text
 from jd_hpc.journal_writer import JournalWriter, new_facts
-from jd_hpc.payload import as_rows, block_length, check_finite, pack
+from jd_hpc.payload import as_rows, block_length, check_finite, pack, pick
 
 if TYPE_CHECKING:
     from jd_hpc.dispatcher import JobDispatcher
@@ -235,7 +235,7 @@ class Journal:
         self.next_index = first + count
         places = np.flatnonzero(stored)
         if len(places):
-            self._deliver(first + places, _pick(jobs, places))
+            self._deliver(first + places, pick(jobs, places))
         holes = [(first + at, self._own(self._job_rows, jobs, at)) for at in np.flatnonzero(~stored).tolist()]
         self.replays = self.next_index < self._table.end
         if not self.replays:
@@ -331,16 +331,6 @@ def spans(numbers: Indices) -> list[tuple[int, int]]:
     """Cut growing numbers where they have gaps: the first of each piece, and how many it has."""
     ends = [*(np.flatnonzero(np.diff(numbers) != 1) + 1).tolist(), len(numbers)]
     return [(int(numbers[begin]), end - begin) for begin, end in itertools.pairwise([0, *ends])]
-
-
-def _pick(jobs: Any, places: NDArray[np.int64]) -> Any:
-    if len(places) == len(jobs):
-        return jobs
-    if isinstance(jobs, list):
-        return [jobs[at] for at in places.tolist()]
-    picked = jobs[places]
-    picked.flags.writeable = False
-    return picked
 
 
 def _pickled(index: int, result: Any) -> bytes:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from jd_hpc._batch import Buffer, Evaluator
 from jd_hpc.errors import Failure, JobError, PayloadError
-from jd_hpc.payload import as_rows, block_length, check_finite
+from jd_hpc.payload import as_rows, block_length, check_finite, pick
 from jd_hpc.plan import Plan
 from jd_hpc.signals import Asked, pass_on
 from jd_hpc.walltime import Drain
@@ -175,7 +175,7 @@ def _deliver(plan: Plan, first: int, jobs: Any, results: Any, failures: dict[int
     """Hand over a batch: results first where they go as a block, else in the order of the jobs."""
     good = [at for at in range(len(jobs)) if at not in failures]
     if good and (plan.journal is not None or plan.process_results is not None):
-        indices, good_jobs, good_results = _read_only(first + np.array(good, "i8")), _pick(jobs, good), _pick(results, good)
+        indices, good_jobs, good_results = _read_only(first + np.array(good, "i8")), pick(jobs, good), pick(results, good)
         if plan.journal is not None:
             plan.journal.record(indices, good_jobs, good_results)
         if plan.process_results is not None:
@@ -197,12 +197,6 @@ def _deliver(plan: Plan, first: int, jobs: Any, results: Any, failures: dict[int
 def _note_delivery(plan: Plan, index: int) -> None:
     if plan.history is not None:
         plan.history.lines.delivered(index, 1)
-
-
-def _pick(batch: Any, good: list[int]) -> Any:
-    if len(good) == len(batch):
-        return batch
-    return _read_only(batch[good]) if isinstance(batch, np.ndarray) else [batch[at] for at in good]
 
 
 def _read_only(array: NDArray[Any]) -> NDArray[Any]:

@@ -219,3 +219,14 @@ def unpack(data: NDArray[np.uint8]) -> Any:
 
 def _aligned(size: int) -> int:
     return -(-size // ALIGN_BYTES) * ALIGN_BYTES
+
+
+def pick(batch: Any, places: Sequence[int] | NDArray[np.int64]) -> Any:
+    """Return the rows or objects at these places of a batch, rows read-only; the batch itself if that is all."""
+    if len(places) == len(batch):
+        return batch
+    if isinstance(batch, list):
+        return [batch[at] for at in places]
+    rows = batch[places]
+    rows.flags.writeable = False
+    return rows

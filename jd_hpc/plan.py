@@ -50,8 +50,6 @@ class Plan:
         self.heartbeat_s: float = dispatcher.heartbeat_s
         self.job_timeout_s: float | None = dispatcher.job_timeout_s
         self.memory_limit: int | None = dispatcher.memory_limit
-        self.walltime = dispatcher.walltime
-        self.walltime_margin_s: float = dispatcher.walltime_margin_s
         self.payload_limit: int = dispatcher.payload_limit
         self.allow_nan: bool = bool(dispatcher.allow_nan)
         self.job_dtype = check_dtype(dispatcher.job_dtype, "job_dtype")

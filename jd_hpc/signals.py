@@ -60,6 +60,11 @@ class Asked:
         self.hear(number, time.monotonic())
 
 
+def is_request(level: int, number: int) -> bool:
+    """Tell whether this is what a signal can ask for."""
+    return 1 <= level <= 3 and number in DRAINS
+
+
 def pass_on(drain: Drain, now: float, level: int, number: int, rank: int) -> None:
     """Tell a drain what a signal at a rank asks for."""
     reason = f"{signal.Signals(number).name} at rank {rank}"

@@ -44,6 +44,7 @@ def nonsense(job, facts):
         "too long": bytes(MESSAGE_BYTES + 1),
         "far too long": bytes(4000),  # what is longer, Open MPI 5.0 writes past the end of the buffer itself
         "unknown kind": message(kind=99),
+        "drain for no reason": message(kind=KINDS["DRAIN"], count=1, attempt=200),
         "unknown job": message(packed([1]), kind=RESULTS, slot=1 << 30, count=1),
         "attempt never made": [message(packed([1]), kind=RESULTS, first=job, slot=slot, count=1, attempt=200) for slot in range(8)],
         "too many jobs": [message(packed([1]), kind=RESULTS, first=job, slot=slot, count=1 << 30) for slot in range(8)],
