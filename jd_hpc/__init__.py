@@ -25,11 +25,13 @@ from jd_hpc.errors import (
     Unfinished,
     WalltimeError,
 )
+from jd_hpc.executor import Executor
 from jd_hpc.machine import LocalMachine, MPIMachine
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Executor",
     "FamilyError",
     "HistoryError",
     "IsolationError",

@@ -18,6 +18,7 @@ cdef class Master(Deliverer):
         Number of the run on this communicator.
     """
     cdef readonly bint stop_began
+    cdef bint woken                     # another thread has jobs
     cdef readonly int slave_count       # ranks 1 .. slave_count are used; the others wait for the end
     cdef Evaluator evaluator
     cdef list early_in                  # what came in for this run while the last one ended
@@ -75,13 +76,16 @@ cdef class Master(Deliverer):
     # ---- the run -------------------------------------------------------------------------------------------------
 
     def run_jobs(self):
-        """Run until there is no job left and all results are delivered."""
+        """Run until there is no job left and all results are delivered. May be called again, unless it raised."""
+        self.parting = self.exhausted = False
         try:
             self.look_at_the_clock(coarse_ns())
             while True:
                 if self.failure is not None:
                     raise self.failure
                 self.deliver()
+                if self.woken:
+                    self.woken = self.exhausted = False
                 if self.draining and self.has_drained():
                     return
                 self.fetch_again()
@@ -98,6 +102,15 @@ cdef class Master(Deliverer):
                         self.pump()
         finally:
             self.parting = True
+
+    def wake(self):
+        """There are jobs again: from any thread, while run_jobs runs."""
+        self.woken = True
+
+    def look_around(self):
+        """Between two calls of run_jobs, now and then: hear who is still there."""
+        self.take_in_all()
+        self.look_up(coarse_ns())
 
     cdef int pump(self) except -1 nogil:
         """Move messages until Python is needed."""
@@ -117,7 +130,7 @@ cdef class Master(Deliverer):
                 return 0
 
     cdef bint wants_python(self, int empty_polls) noexcept nogil:
-        if self.attention or self.is_alone() or self.can_replay():
+        if self.attention or self.woken or self.is_alone() or self.can_replay():
             return True
         if self.draining and (self.cut_off or self.scheduler.held_count == 0):
             return True

@@ -41,49 +41,77 @@ class _Clock:
         return self._drain.tick(now, took_s) == 0
 
 
-def run_jobs(plan: Plan, drain: Drain | None = None, asked: Asked | None = None) -> tuple[int, int]:
-    """Run until there is no job left, or no time; return how many jobs there were, and how many of them were put back.
+class Engine:
+    """Runs the jobs here.
 
-    Raises
-    ------
-    JobError
-        From the default process_failure, when a job fails.
-    PayloadError
-        If a job is not what was declared.
+    Parameters
+    ----------
+    plan : Plan
+        What to go by.
+    drain : Drain or None
+        What decides when no job is begun any more.
+    asked : Asked or None
+        What signals ask for.
+
+    Attributes
+    ----------
+    count : int
+        Jobs so far.
+    put_back : int
+        How many of them were not begun, because the time was over.
     """
-    evaluator = plan.evaluator()
-    clock = _Clock(drain, asked)
-    try:
-        if plan.journal is not None and plan.journal.replays:
-            first, put_back, is_over = _replay(plan, plan.journal, evaluator, clock)
-            if is_over:
-                return first, put_back
-        else:
-            first = 0
-        while len(jobs := _next_batch(plan, first)):
-            if clock.is_over():
-                return first + len(jobs), len(jobs)
-            _run(plan, evaluator, clock, first, jobs)
-            first += len(jobs)
-    finally:
-        evaluator.close()
-    return first, 0
 
+    def __init__(self, plan: Plan, drain: Drain | None = None, asked: Asked | None = None) -> None:
+        self._plan = plan
+        self._clock = _Clock(drain, asked)
+        self._evaluator = plan.evaluator()
+        self.count = self.put_back = 0
 
-def _replay(plan: Plan, journal: Journal, evaluator: Evaluator, clock: _Clock) -> tuple[int, int, bool]:
-    """Deliver what the journal has, and run what it lacks, in batches as they were.
+    def run_jobs(self) -> None:
+        """Run until there is no job left, or no time. May be called again, unless it raised.
 
-    Returns the jobs so far, how many of these were put back, and if it was all.
-    """
-    while journal.replays:
-        holes, is_none = journal.replay(plan.grain)
-        for at, (index, job) in enumerate(holes):
-            if clock.is_over():
-                return journal.next_index, len(holes) - at, True
-            _run(plan, evaluator, clock, index, [job] if plan.job_dtype is None else _read_only(_rows([job], plan.job_dtype)))
-        if is_none and not holes:
-            return journal.next_index, 0, True
-    return journal.next_index, 0, False
+        Raises
+        ------
+        JobError
+            From the default process_failure, when a job fails.
+        PayloadError
+            If a job is not what was declared.
+        """
+        plan = self._plan
+        if plan.journal is not None and plan.journal.replays and self._replay(plan.journal):
+            return
+        while len(jobs := _next_batch(plan, self.count)):
+            self.count += len(jobs)
+            if self._clock.is_over():
+                self.put_back = len(jobs)
+                return
+            _run(plan, self._evaluator, self._clock, self.count - len(jobs), jobs)
+
+    def _replay(self, journal: Journal) -> bool:
+        """Deliver what the journal has, and run what it lacks, in batches as they were. Returns whether it was all."""
+        plan = self._plan
+        while journal.replays:
+            holes, is_none = journal.replay(plan.grain)
+            self.count = journal.next_index
+            for at, (index, job) in enumerate(holes):
+                if self._clock.is_over():
+                    self.put_back = len(holes) - at
+                    return True
+                jobs = [job] if plan.job_dtype is None else _read_only(_rows([job], plan.job_dtype))
+                _run(plan, self._evaluator, self._clock, index, jobs)
+            if is_none and not holes:
+                return True
+        return False
+
+    def wake(self) -> None:
+        """There are jobs again: from any thread. Nothing is needed: run_jobs asks after every batch."""
+
+    def look_around(self) -> None:
+        """Between two calls of run_jobs: there is nobody to hear."""
+
+    def close(self) -> None:
+        """Give back what it needed."""
+        self._evaluator.close()
 
 
 def _run(plan: Plan, evaluator: Evaluator, clock: _Clock, first: int, jobs: Any) -> None:

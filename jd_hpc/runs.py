@@ -13,7 +13,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from jd_hpc import allocation, chaos, ending, local, supervisor
 from jd_hpc.errors import MasterLostError, Unfinished
@@ -37,6 +37,23 @@ OPTIONS = (
 """What a history tells."""
 
 
+class Engine(Protocol):
+    """What runs jobs: the core's master, or local.Engine."""
+
+    def run_jobs(self) -> None:
+        """Run until no job is left; may be called again."""
+
+    def wake(self) -> None:
+        """There are jobs again: from any thread."""
+
+    def look_around(self) -> None:
+        """Between two calls of run_jobs, now and then."""
+
+
+def _run_jobs(engine: Engine) -> None:
+    engine.run_jobs()
+
+
 class Run:
     """One run.
 
@@ -50,6 +67,8 @@ class Run:
         Of the journal, if there is to be one.
     log : callable
         Takes a message and its arguments, as a logger does.
+    work : callable, optional
+        What the master does between the beginning of the run and its end. Default: run all jobs.
     """
 
     def __init__(
@@ -58,9 +77,11 @@ class Run:
         make_plan: Callable[[], Plan],
         journal_path: str | None,
         log: Callable[..., None],
+        work: Callable[[Engine], None] | None = None,
     ) -> None:
         self._dispatcher = dispatcher
         self._make_plan = make_plan
+        self._work = work or _run_jobs
         self._journal_path = journal_path
         self._log = log
         self._asked: Asked | None = None
@@ -97,12 +118,13 @@ class Run:
                 dispatcher.on_startup()
                 dispatcher.reset()
                 drain = None if self._asked is None else self._make_drain(plan)  # inside another run's job: that one's business
-                count, put_back = local.run_jobs(plan, drain, self._asked)
+                with contextlib.closing(local.Engine(plan, drain, self._asked)) as engine:
+                    self._work(engine)
             stored = 0 if plan.journal is None else plan.journal.delivered
-            dispatcher.stats = history.counters = {"jobs": count, "from journal": stored}
-            if put_back:
-                raise self._unfinished(count - put_back, put_back, 0)
-            self._log("%d jobs were evaluated locally", count - stored)
+            dispatcher.stats = history.counters = {"jobs": engine.count, "from journal": stored}
+            if engine.put_back:
+                raise self._unfinished(engine.count - engine.put_back, engine.put_back, 0)
+            self._log("%d jobs were evaluated locally", engine.count - stored)
             return dispatcher.postprocess()
         finally:
             dispatcher.on_shutdown()
@@ -127,7 +149,7 @@ class Run:
                     machine.busy = master.busy_slaves
                     dispatcher.on_startup()
                     dispatcher.reset()
-                    master.run_jobs()
+                    self._work(master)
                 finally:
                     machine.busy = None
                     try:

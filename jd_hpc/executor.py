@@ -1,0 +1,326 @@
+"""Executor: the interface of concurrent.futures over MPI. A thin room over session.py."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError, Future
+from concurrent.futures import Executor as BaseExecutor
+from types import TracebackType
+from typing import Any, Literal, TypeVar
+
+from jd_hpc import calls, futures_server
+from jd_hpc.session import Server, Session
+
+T = TypeVar("T")
+
+
+class Executor(BaseExecutor):
+    """Runs calls on the slaves of a communicator.
+
+    Every rank makes it and enters it; the master gets the executor, a slave serves meanwhile and then gets None::
+
+        with Executor(MPI.COMM_WORLD) as pool:
+            if pool is not None:
+                print(list(pool.map(function, range(100))))
+
+    Under ``python -m jd_hpc.futures script.py`` only the master runs the script, and `Executor()` takes the other ranks. With no
+    MPI it runs the calls in a thread of this process.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Intracomm or MPIMachine, optional
+        Where the slaves are.
+    max_workers : int, optional
+        Use at most so many slaves.
+    initializer : callable, optional
+        Is called on each slave before its first call: ``initializer(*initargs)``. If it raises, the executor is broken.
+    initargs : tuple
+        Its arguments.
+    journal : path, optional
+        A file that gets every result; what it has from an earlier run with the same calls, in the same order, is not computed again
+        (see docs/journal.md).
+    **options
+        Of `JobDispatcher`: `credit`, `max_attempts`, `job_timeout_s`, `isolate`, ...
+
+    Raises
+    ------
+    ValueError
+        If a number is out of range.
+    TypeError
+        If the initializer cannot be called.
+    """
+
+    def __init__(
+        self,
+        comm: Any = None,
+        max_workers: int | None = None,
+        *,
+        initializer: Callable[..., object] | None = None,
+        initargs: tuple[Any, ...] = (),
+        journal: Any = None,
+        **options: Any,
+    ) -> None:
+        if max_workers is not None and max_workers < 1:
+            raise ValueError(f"max_workers = {max_workers} must be at least 1")
+        if initializer is not None and not callable(initializer):
+            raise TypeError(f"initializer = {initializer!r} must be callable")
+        options = {"max_slaves": max_workers, "initializer": initializer, "initargs": initargs, **options}
+        self._hub = futures_server.hub() if comm is None else None
+        self._options = options
+        self._server = Server(comm if self._hub is None else self._hub.comm, **options)
+        self._journal = journal
+        self._lock = threading.Lock()
+        self._session: Session | None = None
+        self._is_over = False
+
+    @property
+    def is_master(self) -> bool:
+        """Whether this is the rank that hands out calls."""
+        return self._server.machine.is_master
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """As `JobDispatcher.stats`, after the end."""
+        return self._server.stats
+
+    def __enter__(self) -> Executor | None:  # type: ignore[override]
+        if self.is_master:
+            self._begin()
+            return self
+        self._server.run()
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> Literal[False]:
+        if self.is_master:
+            self.shutdown(wait=True)
+        return False
+
+    def _begin(self) -> Session:
+        with self._lock:
+            if self._is_over:
+                raise RuntimeError("cannot schedule new futures after shutdown")
+            if self._session is None:
+                if not self.is_master:
+                    raise RuntimeError("a slave serves: enter the executor by `with`, which gives it to the master only")
+                if self._hub is not None:
+                    self._hub.begin(self._options)
+                self._session = Session(self._server, self._journal)
+                if self._hub is not None:
+                    self._hub.session = self._session
+        return self._session
+
+    def submit(self, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        """Have ``function(*args, **kwargs)`` called on a slave.
+
+        Returns
+        -------
+        Future
+            With the result, or the exception that the function raised; its `__cause__` tells the slave and the traceback there. It
+            has a PayloadError if the call cannot be pickled.
+
+        Raises
+        ------
+        RuntimeError
+            After `shutdown`.
+        BrokenExecutor
+            If the run ended early: its cause says why.
+        """
+        session = self._session or self._begin()
+        future: Future[T] = Future()
+        try:
+            call = calls.call(function, args, kwargs)
+        except Exception as error:
+            future.set_exception(error)
+            return future
+        session.put(_Submitted(future, call))
+        return future
+
+    def map(
+        self,
+        function: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+    ) -> Iterator[T]:
+        """Return an iterator over the results of ``function(*members)``, in order.
+
+        Parameters
+        ----------
+        function : callable
+            Takes as many arguments as there are iterables.
+        *iterables
+            They are read at once, or with `buffersize` as results are taken.
+        timeout : float, optional
+            Seconds from now after which the iterator raises TimeoutError.
+        chunksize : int
+            Calls that travel together. Large ones pay for small calls.
+        buffersize : int, optional
+            At most so many members are ahead of the results that were taken.
+
+        Raises
+        ------
+        TimeoutError
+            From the iterator.
+        Exception
+            From the iterator: what a call raised, in its place.
+        """
+        if chunksize < 1:
+            raise ValueError("chunksize must be >= 1.")
+        if buffersize is not None and buffersize < 1:
+            raise ValueError("buffersize must be None or > 0")
+        end_s = None if timeout is None else time.monotonic() + timeout
+        members = zip(*iterables, strict=False)
+        chunks = iter(lambda: tuple(itertools.islice(members, chunksize)), ())
+        return Results(self._session or self._begin(), function, chunks, buffersize).items(end_s)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more calls, and let the slaves go when all have ended.
+
+        Parameters
+        ----------
+        wait : bool
+            Return after that.
+        cancel_futures : bool
+            Cancel what no slave has yet.
+        """
+        with self._lock:
+            self._is_over = True
+        if self._session is not None:
+            if cancel_futures:
+                self._session.cancel()
+            self._session.end(wait)
+
+
+class _Submitted:
+    """A task whose end a future waits for."""
+
+    __slots__ = ("_call", "_future")
+
+    def __init__(self, future: Future[Any], call: calls.Call) -> None:
+        self._future, self._call = future, call
+
+    def begin(self) -> calls.Call | None:
+        return self._call if self._future.set_running_or_notify_cancel() else None
+
+    def end(self, value: Any) -> None:
+        self._future.set_result(value)
+
+    def fail(self, error: BaseException) -> None:
+        if not self._future.running() and not self._future.set_running_or_notify_cancel():
+            return
+        self._future.set_exception(error)
+
+    def cancel(self) -> None:
+        if self._future.cancel():
+            self._future.set_running_or_notify_cancel()
+
+
+class _Chunk:
+    """A task that is a part of a map."""
+
+    __slots__ = ("_call", "_results", "error", "is_done", "is_unwanted", "value")
+
+    def __init__(self, results: Results, call: calls.Call | None, error: BaseException | None) -> None:
+        self._results, self._call = results, call
+        self.value: Any = None
+        self.error = error
+        self.is_done = error is not None
+        self.is_unwanted = False
+
+    def begin(self) -> calls.Call | None:
+        call, self._call = self._call, None
+        return None if self.is_unwanted else call
+
+    def end(self, value: Any) -> None:
+        self.value = value
+        self._results.note(self)
+
+    def fail(self, error: BaseException) -> None:
+        self.error = error
+        self._results.note(self)
+
+    def cancel(self) -> None:
+        self.fail(CancelledError())
+
+
+class Results:
+    """The results of a function for many members, in order, while chunks of them run.
+
+    Parameters
+    ----------
+    session : Session
+        Where they run.
+    function : callable
+        Is pickled once.
+    chunks : iterator of tuples of tuples
+        Each member is a tuple of arguments.
+    most : int, optional
+        Chunks that may be ahead of what was taken; without it all go out at once.
+    """
+
+    def __init__(
+        self, session: Session, function: Callable[..., Any], chunks: Iterator[tuple[Any, ...]], most: int | None = None
+    ) -> None:
+        self._session = session
+        self._function, self._name = calls.packed_function(function), calls.name_of(function)
+        self._chunks = chunks
+        self._ahead: deque[_Chunk] = deque()
+        self._done = threading.Condition()
+        self._awaited: _Chunk | None = None
+        for _ in itertools.count() if most is None else range(most):
+            if not self._put_one():
+                break
+        self._is_bounded = most is not None
+
+    def _put_one(self) -> bool:
+        members = next(self._chunks, None)
+        if members is None:
+            return False
+        try:
+            task = _Chunk(self, calls.chunk(self._function, self._name, members), None)
+        except Exception as error:
+            self._ahead.append(_Chunk(self, None, error))
+        else:
+            self._ahead.append(task)
+            self._session.put(task)
+        return True
+
+    def note(self, chunk: _Chunk) -> None:
+        """A chunk has ended."""
+        chunk.is_done = True
+        if chunk is self._awaited:
+            with self._done:
+                self._done.notify()
+
+    def _wait(self, chunk: _Chunk, end_s: float | None) -> None:
+        self._awaited = chunk  # before the look: `note` looks after it has changed what we look at
+        with self._done:
+            while not chunk.is_done:
+                left_s = None if end_s is None else end_s - time.monotonic()
+                if left_s is not None and left_s <= 0:
+                    raise TimeoutError
+                self._done.wait(left_s)
+
+    def items(self, end_s: float | None) -> Iterator[Any]:
+        """Return the iterator; it raises TimeoutError after the time `end_s`."""
+        try:
+            while self._ahead:
+                chunk = self._ahead[0]
+                if not chunk.is_done:
+                    self._wait(chunk, end_s)
+                self._ahead.popleft()
+                if chunk.error is not None:
+                    raise chunk.error
+                if self._is_bounded:
+                    self._put_one()
+                yield from chunk.value
+        finally:
+            for chunk in self._ahead:
+                chunk.is_unwanted = True

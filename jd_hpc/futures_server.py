@@ -1,0 +1,198 @@
+"""``python -m jd_hpc.futures script.py``: rank 0 runs the script, the other ranks serve the executors that it makes.
+
+The rules it keeps:
+
+- A slave has what the script defines: it runs it once, under the name ``__worker__``, up to the first executor.
+- Between two executors a slave waits for a word of the master, with growing pauses; it burns no core.
+- When the script has ended on the master, however it did, the slaves are let go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import pickle
+import sys
+import time
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from jd_hpc import calls, ending
+from jd_hpc.errors import MasterLostError
+from jd_hpc.machine import FIRST_HEARTBEAT_S, MPIMachine
+from jd_hpc.session import Server
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Intracomm, Request
+
+    from jd_hpc.session import Session
+
+WORKER_NAME = "__worker__"
+"""What `__name__` is on a slave, so that what a script does under ``if __name__ == "__main__"`` is done on the master only."""
+PAUSE_MOST_S = 0.005
+TAG_WORD = 1
+
+USAGE = """usage: python -m jd_hpc.futures script.py [arguments ...]
+   or: python -m jd_hpc.futures -m module [arguments ...]
+   or: python -m jd_hpc.futures -c code [arguments ...]
+
+Runs a script that uses jd_hpc.Executor() on rank 0; the other ranks serve it:
+
+  mpiexec -n 4 python -m jd_hpc.futures script.py
+"""
+
+
+class ServingError(BaseException):
+    """A slave has come to the first executor: it has what it needs of the script. No program sees it."""
+
+
+class Hub:
+    """The ranks of COMM_WORLD, for one executor after the other.
+
+    Attributes
+    ----------
+    comm : mpi4py.MPI.Intracomm
+        A duplicate of COMM_WORLD.
+    session : Session or None
+        That of the last executor.
+    """
+
+    current: ClassVar[Hub | None] = None
+
+    def __init__(self, comm: Intracomm) -> None:
+        self.comm = comm
+        self.session: Session | None = None
+        self._channel = MPIMachine(comm).channel()
+        self._words: list[tuple[bytearray, Request]] = []  # MPI reads them until they are received
+
+    def begin(self, options: dict[str, Any]) -> None:
+        """Master: have the slaves serve an executor with these options.
+
+        Raises
+        ------
+        RuntimeError
+            If another one is open.
+        """
+        if self.session is not None:
+            if not self.session.is_ending:
+                raise RuntimeError(
+                    "another Executor is open, and the slaves serve one at a time: leave its `with`, or call its shutdown(), first"
+                )
+            self.session.end()
+        self._say(calls.dumps(options, "the initializer"))
+
+    def close(self) -> None:
+        """Master: let the slaves go."""
+        if self.session is not None:
+            self.session.end()
+        self._say(b"")
+        for _, request in self._words:
+            request.Test()  # nobody waits for one that is gone; the others read it
+
+    def _say(self, word: bytes) -> None:
+        kept = bytearray(word)
+        for slave in range(1, self.comm.size):
+            self._words.append((kept, self.comm.Isend(kept, slave, TAG_WORD)))
+
+    def serve(self) -> None:
+        """Slave: serve one executor after the other, until the master has no more."""
+        while word := self._next_word():
+            with contextlib.suppress(Exception):  # the master has been told
+                Server(self.comm, **pickle.loads(word)).run()
+
+    def _next_word(self) -> bytes:
+        from mpi4py import MPI
+
+        pause_s, status = 1e-5, MPI.Status()
+        beat = self._channel.beat_every(FIRST_HEARTBEAT_S)
+        while not self.comm.Iprobe(0, TAG_WORD, status):
+            if beat is not None and not beat.alive:
+                error = MasterLostError()
+                ending.failed(str(error))
+                raise error
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, PAUSE_MOST_S)
+        word = bytearray(status.Get_count(MPI.BYTE))
+        self.comm.Recv(word, 0, TAG_WORD)
+        return bytes(word)
+
+
+def hub() -> Hub | None:
+    """Return the hub, if there is one and this is the master. A slave does not come back from here."""
+    if Hub.current is not None and Hub.current.comm.rank > 0:
+        raise ServingError
+    return Hub.current
+
+
+# ---- the program -----------------------------------------------------------------------------------------------------
+
+
+def _refuse(why: str) -> SystemExit:
+    print(f"python -m jd_hpc.futures: {why}\n{USAGE}", end="", file=sys.stderr)
+    return SystemExit(2)
+
+
+def _module_code(name: str) -> tuple[CodeType, dict[str, Any]]:
+    try:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = importlib.util.find_spec(f"{name}.__main__")
+    except ImportError:
+        spec = None
+    if spec is None or spec.loader is None:
+        raise _refuse(f"no such module: {name}")
+    code = spec.loader.get_code(spec.name)  # type: ignore[attr-defined]
+    return code, {"__file__": spec.origin, "__spec__": spec, "__package__": spec.parent, "__loader__": spec.loader}
+
+
+def program(words: list[str]) -> tuple[CodeType, dict[str, Any]]:
+    """Return the code that a command line names and what its module starts with; set sys.argv and sys.path for it."""
+    if words and words[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        raise SystemExit(0)
+    if not words or (words[0] in ("-m", "-c") and len(words) < 2):
+        raise _refuse("no script")
+    if words[0] == "-m":
+        code, facts = _module_code(words[1])
+        sys.argv[:] = [str(facts["__file__"]), *words[2:]]
+        return code, facts
+    if words[0] == "-c":
+        sys.argv[:] = ["-c", *words[2:]]
+        return compile(words[1], "<string>", "exec", dont_inherit=True), {}
+    path = Path(words[0])
+    if words[0].startswith("-") or not path.is_file():
+        raise _refuse(f"no such script: {words[0]}")
+    sys.argv[:] = words
+    if not sys.flags.safe_path:
+        sys.path[0] = str(path.resolve().parent)
+    return compile(path.read_bytes(), words[0], "exec", dont_inherit=True), {"__file__": words[0]}
+
+
+def run(code: CodeType, facts: dict[str, Any], name: str) -> None:
+    """Run a program under this name, where pickle finds what it defines on master and slaves alike."""
+    module = ModuleType(name)
+    vars(module).update(facts)
+    sys.modules["__main__"] = sys.modules[WORKER_NAME] = module
+    exec(code, vars(module))
+
+
+def main() -> int:
+    """Run the program that the command line names, and return its exit status."""
+    code, facts = program(sys.argv[1:])
+    from mpi4py import MPI
+
+    if MPI.COMM_WORLD.size == 1:
+        run(code, facts, "__main__")
+        return 0
+    here = Hub.current = Hub(MPI.COMM_WORLD.Dup())
+    if here.comm.rank > 0:
+        with contextlib.suppress(ServingError, SystemExit):
+            run(code, facts, WORKER_NAME)
+        here.serve()
+        return 0
+    try:
+        run(code, facts, "__main__")
+    finally:
+        here.close()
+    return 0
