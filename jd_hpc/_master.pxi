@@ -279,7 +279,7 @@ cdef class Master(Deliverer):
         else:
             out = Buffer(count * self.result_rows.row_bytes, self.result_rows, 0, True)
         jobs = self.jobs_of(slot, count)
-        failures = Failure.of_all(self.evaluator.evaluate(jobs, count, out, objects))
+        failures = Failure.of_all(self.evaluator.evaluate(jobs, count, out, objects, self.scheduler.first(slot)))
         if self.sent_ns != NULL:
             self.note_time((coarse_ns() - begun_ns) / count)
         if self.judge(0, slot, self.scheduler.first(slot), count, self.scheduler.attempt(slot)) == VERDICT_DELIVER:

@@ -118,7 +118,8 @@ class Journal:
             self._mask = None if mask.all() else mask
         self.next_index = self.delivered = 0
         job, result = dtype_text(plan.job_dtype, "job_dtype"), dtype_text(plan.result_dtype, "result_dtype")
-        self._writer = JournalWriter(path, new_facts(result, job, type(dispatcher).__qualname__))
+        seed = plan.seed if plan.gives_rng else None
+        self._writer = JournalWriter(path, new_facts(result, job, type(dispatcher).__qualname__, seed))
         self._table, self._reader = self._writer.take_table(), self._writer.reader
         self.replays = self._table.end > 0
         if self._job_rows is None:

@@ -106,7 +106,7 @@ def _evaluate(plan: Plan, evaluator: Evaluator, jobs: Any, first: int) -> tuple[
         out = Buffer(count * plan.result_rows.row_bytes, plan.result_rows, 0, True)
     if plan.history is not None:
         plan.history.lines.sent(0, 0, first, count, 0)
-    failures = Failure.of_all(evaluator.evaluate(jobs, count, out, objects))
+    failures = Failure.of_all(evaluator.evaluate(jobs, count, out, objects, first))
     if plan.history is not None:
         plan.history.lines.result(VERDICT_DELIVER, 0, 0, first, count, 0)
     if out is None:

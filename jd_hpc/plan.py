@@ -52,6 +52,9 @@ class Plan:
         self.memory_limit: int | None = dispatcher.memory_limit
         self.payload_limit: int = dispatcher.payload_limit
         self.allow_nan: bool = bool(dispatcher.allow_nan)
+        self.owner = dispatcher
+        self.gives_rng: bool = dispatcher.gives_rng
+        self.seed: int = dispatcher.seed
         self.job_dtype = check_dtype(dispatcher.job_dtype, "job_dtype")
         self.result_dtype = check_dtype(dispatcher.result_dtype, "result_dtype")
         self.job_rows: Rows | None = None if self.job_dtype is None else Rows(self.job_dtype)
@@ -88,6 +91,11 @@ class Plan:
             return None
         if self.job_rows is None or self.result_rows is None:
             raise KernelError("a compiled kernel needs rows to work on: declare both job_dtype and result_dtype")
+        if self.gives_rng:
+            raise KernelError(
+                "rng=True: a compiled kernel cannot draw from a numpy generator; draw in next_job and let the numbers travel in the job, "
+                "or write process_job in Python"
+            )
         return kernels.resolve(given)
 
     def _read_ahead(self) -> int:
@@ -102,7 +110,16 @@ class Plan:
 
         With `isolate` it calls `on_wait` now and then while it waits; what that raises ends the batch.
         """
-        inner = Evaluator(self.process_job, self.process_jobs, self.job_rows, self.result_rows, self.allow_nan, self.kernel)
+        inner = Evaluator(
+            self.process_job,
+            self.process_jobs,
+            self.job_rows,
+            self.result_rows,
+            self.allow_nan,
+            self.kernel,
+            self.owner.rng if self.gives_rng else None,
+            self.owner,
+        )
         if not self.isolate:
             return inner
         from jd_hpc.isolate import IsolatedEvaluator
@@ -125,6 +142,8 @@ class Plan:
             "credit": str(self.credit),
             "payload_limit": str(self.payload_limit),
             "isolate": str(self.isolate),
+            "rng": str(self.gives_rng),
+            "seed": str(self.seed),
         }
 
     def differences(self, theirs: dict[str, str]) -> str:
