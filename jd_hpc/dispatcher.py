@@ -76,6 +76,11 @@ class JobDispatcher:
         `process_jobs` calls itself. A journal then belongs to this seed.
     seed : int
         Of the random streams, 0 to 2**64 - 1; the same on all ranks.
+    ordered : bool
+        Results and failures are handed over in the order of their jobs. What comes in before its turn waits on the master.
+    window : int, optional
+        With `ordered`: so many jobs, rounded up to whole messages, may be fetched and not handed over; then `next_job` waits for the
+        oldest one. Default: eight times what all slaves may hold, and what `next_jobs` is asked ahead.
 
     Raises
     ------
@@ -135,6 +140,8 @@ class JobDispatcher:
         walltime_margin_s: float = 30.0,
         rng: bool = False,
         seed: int = 0,
+        ordered: bool = False,
+        window: int | None = None,
     ) -> None:
         self.grain = _number("grain", 1 if grain is None else grain, 1, 1 << 30)
         self.credit = _number("credit", 2 if credit is None else credit, 1, 1 << 10)
@@ -154,6 +161,8 @@ class JobDispatcher:
         self.walltime_margin_s = _seconds("walltime_margin_s", walltime_margin_s, zero=True)
         self.gives_rng = bool(rng)
         self.seed = _number("seed", seed, 0, SEED_MOST)
+        self.ordered = bool(ordered)
+        self.window = None if window is None else _number("window", window, 1, 1 << 40)
         if 0 < self.heartbeat_s < LEAST_HEARTBEAT_S:
             raise ValueError(f"heartbeat_s = {heartbeat_s} is out of range: it is 0, or at least {LEAST_HEARTBEAT_S}")
         if self.liveness_timeout_s < 2 * self.heartbeat_s:
@@ -163,6 +172,8 @@ class JobDispatcher:
             )
         if self.memory_limit is not None and not self.isolate:
             raise ValueError("memory_limit needs isolate=True: a limit on the rank itself would end MPI with the job")
+        if self.window is not None and not self.ordered:
+            raise ValueError("window needs ordered=True: without it results wait for nothing")
         if self.max_slaves is not None and self.min_slaves > self.max_slaves:
             raise ValueError(f"min_slaves = {min_slaves} is more than max_slaves = {max_slaves}; no run could ever use slaves")
         self.machine: LocalMachine | MPIMachine = as_machine(vm)
@@ -191,7 +202,10 @@ class JobDispatcher:
         raise NotImplementedError(f"{type(self).__name__} must define process_job(job), process_jobs(jobs, results) or a kernel")
 
     def process_result(self, index: int, job: Any, result: Any) -> None:
-        """Master: take the result of job number `index` (from 0), once for every job, in order of completion."""
+        """Master: take the result of job number `index` (from 0), once for every job, in order of completion.
+
+        With ``ordered=True`` in the order of `index`, failures included.
+        """
 
     def process_failure(self, index: int, job: Any, error: JobError) -> None:
         """Master: job number `index` failed; `error` has the traceback of the slave. The default ends the run and raises it."""

@@ -185,9 +185,8 @@ def _deliver(plan: Plan, first: int, jobs: Any, results: Any, failures: dict[int
     for at in range(len(jobs)):
         if at in failures:
             error = JobError(first + at, 0, failures[at], attempts.get(at, ()))
-            if plan.history is not None:
-                facts = {"error": error.type_name, "died": failures[at].died, "attempts": error.attempts}
-                plan.history.event("failed", index=first + at, slave=0, **facts)
+            if plan.history is not None and plan.order is None:
+                plan.history.failed(error)
             plan.process_failure(first + at, jobs[at], error)
         elif plan.process_results is None:
             _note_delivery(plan, first + at)
@@ -195,7 +194,7 @@ def _deliver(plan: Plan, first: int, jobs: Any, results: Any, failures: dict[int
 
 
 def _note_delivery(plan: Plan, index: int) -> None:
-    if plan.history is not None:
+    if plan.history is not None and plan.order is None:
         plan.history.lines.delivered(index, 1)
 
 

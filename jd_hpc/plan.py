@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from jd_hpc import kernel as kernels
 from jd_hpc._batch import Evaluator, Rows
 from jd_hpc.errors import KernelError, PayloadError
+from jd_hpc.ordering import CREDITS, Order
 from jd_hpc.payload import check_dtype
 from jd_hpc.wire import PROTOCOL
 
@@ -81,10 +82,11 @@ class Plan:
         self.on_slave_failed = own("on_slave_failed")
         self.on_job_sent = own("on_job_sent")
         self.on_result = own("on_result")
-        self.history: History | None = None  # the master's, where there is one
+        self.history: History | None = None  # the master's, where there is one; see `tell`
         self.kernel = self._kernel(dispatcher.kernel)
         self.read_ahead = self._read_ahead()
         self.journal: Journal | None = None  # on the master, if the run has one
+        self.order: Order | None = self._order(dispatcher) if dispatcher.ordered else None
 
     def _kernel(self, given: Any) -> kernels.Kernel | None:
         if given is None:
@@ -104,6 +106,21 @@ class Plan:
             return 0
         batch_bytes = self.grain * self.job_rows.row_bytes
         return max(1, min(READ_AHEAD_BATCHES, READ_AHEAD_JOBS // self.grain, READ_AHEAD_BYTES // batch_bytes))
+
+    def _order(self, dispatcher: JobDispatcher) -> Order:
+        """Have an order between whoever delivers and the hooks."""
+        window = dispatcher.window or self.grain * (CREDITS * self.credit * dispatcher.machine.slots + self.read_ahead)
+        order = Order(self.process_result, self.process_results, self.process_failure, dispatcher, window)
+        self.process_result, self.process_failure = order.take_result, order.take_failure
+        if self.process_results is not None:
+            self.process_results = order.take_results
+        return order
+
+    def tell(self, history: History | None) -> None:
+        """Have a history told what happens."""
+        self.history = history
+        if self.order is not None:
+            self.order.history = history
 
     def evaluator(self, on_wait: Callable[[], object] | None = None) -> Evaluator:
         """Return what runs a batch of jobs; whoever asks for it calls `close()` of it at last.
