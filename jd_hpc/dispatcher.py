@@ -79,8 +79,8 @@ class JobDispatcher:
     ordered : bool
         Results and failures are handed over in the order of their jobs. What comes in before its turn waits on the master.
     window : int, optional
-        With `ordered`: so many jobs, rounded up to whole messages, may be fetched and not handed over; then `next_job` waits for the
-        oldest one. Default: eight times what all slaves may hold, and what `next_jobs` is asked ahead.
+        With `ordered`: so many jobs, rounded up to whole messages, may be fetched and not handed over; then `next_job` waits for
+        the oldest one. Default: eight times what all slaves may hold, and what `next_jobs` is asked ahead.
 
     Raises
     ------

@@ -135,8 +135,8 @@ class JournalWriter:
                 )
         if mine.seed != found.seed:
             raise JournalMismatchError(
-                f"the journal {self.path} holds results of {_seeded(found.seed)} ({found.name}, begun {found.created}), and this run "
-                f"has {_seeded(mine.seed)}: other numbers. Give this run a journal of its own, or the same rng and seed"
+                f"the journal {self.path} holds results of {_seeded(found.seed)} ({found.name}, begun {found.created}), and this "
+                f"run has {_seeded(mine.seed)}: other numbers. Give this run a journal of its own, or the same rng and seed"
             )
 
     # ---- the master's side ---------------------------------------------------------------------------------------

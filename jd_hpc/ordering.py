@@ -2,18 +2,19 @@
 
 The rules it keeps:
 
-- It stands between whoever delivers (the core, local.py, the journal) and the user's hooks: three calls in, the same three out, each job
-  once, by growing number. The history is told when a hook gets a job, not before.
+- It stands between whoever delivers (the core, local.py, the journal) and the user's hooks: three calls in, the same three out,
+  each job once, by growing number. The history is told when a hook gets a job, not before.
 - What is handed over is what would have been without it: `from_journal` goes with every result, blocks stay blocks where they can.
-- It holds no more than was fetched: whoever fetches asks for no job from number `window_end` on. That one moves when results are handed
-  over, so the room is bounded however long the oldest job takes, and the oldest job itself is never kept waiting.
+- It holds no more than was fetched: whoever fetches asks for no job from number `window_end` on. That one moves when results are
+  handed over, so memory is bounded however long the oldest job takes. Jobs that go out again do not wait for it: the oldest is one.
 - A held piece of an array that is small is a copy: a row must not keep the message in which it came.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +34,8 @@ BLOCK_JOBS = 8192
 Hook = Callable[..., Any]
 
 
-class Piece(NamedTuple):
+@dataclass(slots=True, frozen=True)
+class Piece:
     """Consecutive jobs that came in before their turn: results for one of the two hooks, or a failure."""
 
     count: int
@@ -110,7 +112,7 @@ class Order:
             if first == self.next_index and first + piece.count not in self._pieces:
                 self._hand_over(piece)  # no copy, and nothing to join it with
             else:
-                self._hold(first, piece._replace(jobs=_own(piece.jobs), results=_own(piece.results)))
+                self._hold(first, replace(piece, jobs=_own(piece.jobs), results=_own(piece.results)))
             begin = end
         self._go_on()
 
@@ -149,7 +151,7 @@ class Order:
         if len(parts) == 1:
             return piece
         jobs, results = _one_behind_the_other([one.jobs for one in parts]), _one_behind_the_other([one.results for one in parts])
-        return piece._replace(count=count, jobs=jobs, results=results)
+        return replace(piece, count=count, jobs=jobs, results=results)
 
     def _hand_over(self, piece: Piece) -> None:
         first = self.next_index

@@ -95,8 +95,8 @@ class Plan:
             raise KernelError("a compiled kernel needs rows to work on: declare both job_dtype and result_dtype")
         if self.gives_rng:
             raise KernelError(
-                "rng=True: a compiled kernel cannot draw from a numpy generator; draw in next_job and let the numbers travel in the job, "
-                "or write process_job in Python"
+                "rng=True: a compiled kernel cannot draw from a numpy generator; draw in next_job and let the numbers travel in "
+                "the job, or write process_job in Python"
             )
         return kernels.resolve(given)
 

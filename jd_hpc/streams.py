@@ -3,7 +3,7 @@
 The rules it keeps:
 
 - A stream is Philox 4x64 with its key and counter set, not hashed: the seed is the key, the job's number the highest word of the
-  counter. A seed's streams are pieces of one sequence, 2**194 numbers apart, and seeds have sequences of their own: no two can overlap.
+  counter. A seed's streams are pieces of one sequence, 2**194 numbers apart, and each seed has its own: no two can overlap.
 - `jumped()` moves the next lower word, so that no number of jumps below 2**64 reaches another job's stream.
 - `spawn()` gives children that depend on seed and number only, and never on the operating system's entropy.
 - Making one costs about 3 us; by way of SeedSequence(seed, spawn_key=(index,)) it would be 11, and keys could collide.
@@ -24,7 +24,7 @@ SECOND_KEY = 0x6A645F6870635F31
 
 
 class _Origin(ISpawnableSeedSequence):
-    """What numpy asks for the key, and for children. (With ``Philox(key=...)`` it would read entropy all the same: 5 us.)"""
+    """What numpy asks for the key, and for children. Given ``key=`` it would read entropy all the same, which takes 5 us."""
 
     def __init__(self, seed: int, index: int) -> None:
         self.seed, self.index = seed, index
@@ -51,4 +51,5 @@ def stream(seed: int, index: int) -> Generator:
     index : int
         The job's number, from 0.
     """
-    return Generator(Philox(_Origin(seed, index), counter=np.array((0, 0, 0, index), "u8")))
+    origin: Any = _Origin(seed, index)  # numpy's stub knows no other kind than its own
+    return Generator(Philox(origin, counter=np.array((0, 0, 0, index), "u8")))

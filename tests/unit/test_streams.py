@@ -181,7 +181,7 @@ def test_a_kernel_cannot_draw():
 
 @pytest.mark.parametrize("options", [{"seed": -1}, {"seed": 1 << 64}])
 def test_seeds_out_of_range(options):
-    with pytest.raises(ValueError, match="seed = .* is out of range"):
+    with pytest.raises(ValueError, match=r"seed = .* is out of range"):
         Drawn(**options)
 
 
