@@ -30,7 +30,7 @@ cdef class Deliverer(Drainer):
         self.in_blocks = self.plan.process_results is not None
         self.tells_result = self.plan.on_result is not None
         self.tells_idle = self.plan.on_slave_idle is not None
-        self.tells_delivery = self.keeps_history and self.order is None
+        self.tells_delivery = self.keeps_history and self.ordering is None
         return self.lay_out_collection()
 
     @cython.final
@@ -173,8 +173,8 @@ cdef class Deliverer(Drainer):
     @cython.final
     cdef int move_window(self) except -1:
         """How far ahead the user may be asked, now that some results were handed over."""
-        if self.order is not None:
-            self.window_end = self.order.window_end
+        if self.ordering is not None:
+            self.window_end = self.ordering.window_end
         return 0
 
     @cython.final

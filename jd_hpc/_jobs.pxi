@@ -17,7 +17,7 @@ cdef class JobSender(Link):
     cdef Rows result_rows
     cdef int grain
     cdef int read_ahead                 # batches asked for before a slave is free
-    cdef object order                   # ordering.Order, or None: results are handed over as they come
+    cdef object ordering                # ordering.Order, or None: results are handed over as they come
     cdef int64_t window_end             # number of the first job that must not be fetched yet
     cdef int local_below                # with fewer slaves than this the master works itself
     cdef bint allow_nan

@@ -54,8 +54,8 @@ cdef class Master(Deliverer):
             self.stopping = True
             return
         self.plan = plan
-        self.order = plan.order
-        self.window_end = (<int64_t> 1 << 62) if self.order is None else self.order.window_end
+        self.ordering = plan.order
+        self.window_end = (<int64_t> 1 << 62) if self.ordering is None else self.ordering.window_end
         self.journal = plan.journal
         if self.journal is not None:
             self.replays, self.holes_most = self.journal.replays, self.journal.holes_most
