@@ -1,5 +1,6 @@
 """jd_hpc: a job dispatcher for many independent jobs and an MPI allocation."""
 
+from jd_hpc.arrays import map_array
 from jd_hpc.dispatcher import JobDispatcher
 from jd_hpc.errors import (
     FamilyError,
@@ -58,4 +59,5 @@ __all__ = [
     "Unfinished",
     "WalltimeError",
     "__version__",
+    "map_array",
 ]

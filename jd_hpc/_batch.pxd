@@ -60,10 +60,12 @@ cdef class Evaluator:
     cdef SharedNumber watched           # keeps it alive, if somebody does
     cdef object on_failure              # told of a failure before the next job runs, or None
     cdef object codes                   # gets what the kernel returned, or None
-    cdef int _singly(self, object jobs, int count, Buffer out, list results, list failures) except -1
-    cdef int _block(self, object jobs, int count, Buffer out, list results, list failures) except -1
+    cdef object stream                  # gives a job's random stream by its number, or None: process_job does not get one
+    cdef object owner                   # its first_index becomes the number of a block's first job, or None
+    cdef int _singly(self, object jobs, int count, Buffer out, list results, int64_t first, list failures) except -1
+    cdef int _block(self, object jobs, int count, Buffer out, list results, int64_t first, list failures) except -1
     cdef int _kernel(self, object jobs, int count, Buffer out, list failures) except -1
     cdef int run_kernel(self, const char *jobs, char *results, int count, int32_t *codes) noexcept nogil
     cdef int run_watched(self, const char *jobs, char *results, int count, int32_t *codes) noexcept nogil
     cpdef int check_nan(self, int count, Buffer out, list failures) except -1
-    cpdef list evaluate(self, object jobs, int count, Buffer out, list results)
+    cpdef list evaluate(self, object jobs, int count, Buffer out, list results, int64_t first=*)

@@ -234,15 +234,22 @@ cdef class Evaluator:
         Whether results may contain NaN.
     kernel : None or (object, int, int)
         What keeps the kernel alive, its address, and the address of its user data.
+    stream : callable, optional
+        Takes a job's number and returns its random stream; then `process_job` is called with (job, stream).
+    owner : optional
+        Before `process_jobs` is called, the attribute `first_index` of this becomes the number of the block's first job.
     """
 
-    def __init__(self, process_job, process_jobs, Rows job_rows, Rows result_rows, bint allow_nan, kernel=None):
+    def __init__(self, process_job, process_jobs, Rows job_rows, Rows result_rows, bint allow_nan, kernel=None, stream=None,
+                 owner=None):
         self.process_job = process_job
         self.process_jobs = process_jobs
         self.job_rows = job_rows
         self.result_rows = result_rows
         self.allow_nan = allow_nan
         self.kernel = kernel
+        self.stream = stream
+        self.owner = owner
         self.function = NULL
         self.user_data = NULL
         if kernel is not None:
@@ -290,8 +297,8 @@ cdef class Evaluator:
         self.running[0] = count
         return failed
 
-    cpdef list evaluate(self, object jobs, int count, Buffer out, list results):
-        """Run the first `count` of `jobs`.
+    cpdef list evaluate(self, object jobs, int count, Buffer out, list results, int64_t first=0):
+        """Run the first `count` of `jobs`; they have the numbers from `first` on.
 
         Numeric results are written to the rows of `out`, objects to the list `results` (of length `count`). Returns the failures as
         (offset, exception). KeyboardInterrupt is not a job's failure: it passes through.
@@ -300,19 +307,19 @@ cdef class Evaluator:
         if self.function != NULL:
             self._kernel(jobs, count, out, failures)
         elif self.process_jobs is not None:
-            self._block(jobs, count, out, results, failures)
+            self._block(jobs, count, out, results, first, failures)
         else:
-            self._singly(jobs, count, out, results, failures)
+            self._singly(jobs, count, out, results, first, failures)
         return failures
 
-    cdef int _singly(self, object jobs, int count, Buffer out, list results, list failures) except -1:
+    cdef int _singly(self, object jobs, int count, Buffer out, list results, int64_t first, list failures) except -1:
         cdef int i
         cdef char *where
         cdef object result
         for i in range(count):
             self.running[0] = i
             try:
-                result = self.process_job(jobs[i])
+                result = self.process_job(jobs[i]) if self.stream is None else self.process_job(jobs[i], self.stream(first + i))
                 if self.result_rows is None:
                     results[i] = result
                 else:
@@ -329,11 +336,13 @@ cdef class Evaluator:
         self.running[0] = count
         return 0
 
-    cdef int _block(self, object jobs, int count, Buffer out, list results, list failures) except -1:
+    cdef int _block(self, object jobs, int count, Buffer out, list results, int64_t first, list failures) except -1:
         """A block that raises fails as a whole: nobody can tell which of its jobs did it."""
         cdef int i
         cdef object given = results if self.result_rows is None else out.rows[:count]
         try:
+            if self.owner is not None:
+                self.owner.first_index = first
             returned = self.process_jobs(jobs[:count], given)
             if returned is not None and returned is not given:
                 raise PayloadError("process_jobs returned a %s; it must fill `results` and return None" % type(returned).__name__)

@@ -19,6 +19,7 @@ cdef class Deliverer(Drainer):
     cdef bint in_blocks                 # process_results takes them
     cdef bint tells_result              # these hooks are overridden
     cdef bint tells_idle
+    cdef bint tells_delivery            # the history is told here what is delivered, and not by the order
 
     def __cinit__(self, *args):
         self.parcels = []
@@ -29,6 +30,7 @@ cdef class Deliverer(Drainer):
         self.in_blocks = self.plan.process_results is not None
         self.tells_result = self.plan.on_result is not None
         self.tells_idle = self.plan.on_slave_idle is not None
+        self.tells_delivery = self.keeps_history and self.ordering is None
         return self.lay_out_collection()
 
     @cython.final
@@ -166,6 +168,13 @@ cdef class Deliverer(Drainer):
                 lost = Failure("SlaveLost", "every slave that ran it failed", "", None)
                 self.deliver_parcel((slot, 0, None, dict.fromkeys(range(self.scheduler.jobs(slot)), lost)))
             slot = self.scheduler.next_given_up()
+        return self.move_window()
+
+    @cython.final
+    cdef int move_window(self) except -1:
+        """How far ahead the user may be asked, now that some results were handed over."""
+        if self.ordering is not None:
+            self.window_end = self.ordering.window_end
         return 0
 
     @cython.final
@@ -179,12 +188,12 @@ cdef class Deliverer(Drainer):
                                 self.collected_results.rows[:count])
         if not self.in_blocks:
             for i in range(count):
-                if self.keeps_history:
+                if self.tells_delivery:
                     self.lines.delivered(indices[i], 1)
                 process_result(indices[i], self.job_rows.take(self.collected_jobs.data + i * self.job_rows.row_bytes),
                                self.result_rows.take(self.collected_results.data + i * self.result_rows.row_bytes))
             return 0
-        if self.keeps_history:
+        if self.tells_delivery:
             self.lines.delivered_all(indices, count)
         self.plan.process_results(self.collected_indices.rows[:count], self.collected_jobs.rows[:count],
                                   self.collected_results.rows[:count])
@@ -203,7 +212,7 @@ cdef class Deliverer(Drainer):
         if self.journal is not None:
             self.hand_block(self.journal.record, first, count, jobs, results, failures)
         if self.in_blocks:
-            if self.keeps_history:
+            if self.tells_delivery:
                 for i in range(count):
                     if i not in failures:
                         self.lines.delivered(first + i, 1)
@@ -212,7 +221,7 @@ cdef class Deliverer(Drainer):
             if i in failures:
                 self.deliver_failure(slot, slave, first + i, row_of(self.job_rows, jobs, i), failures[i])
             elif not self.in_blocks:
-                if self.keeps_history:
+                if self.tells_delivery:
                     self.lines.delivered(first + i, 1)
                 self.plan.process_result(first + i, row_of(self.job_rows, jobs, i), row_of(self.result_rows, results, i))
         self.histories.pop(slot, None)
@@ -228,8 +237,10 @@ cdef class Deliverer(Drainer):
             if strikes < self.scheduler.max_attempts:
                 self.note("again", index=index, slave=slave, strikes=strikes, how=failure.died)
                 return self.retry(index, job, strikes, history)
-        self.note("failed", index=index, slave=slave, error=failure.type_name, died=failure.died, attempts=history)
-        self.plan.process_failure(index, job, JobError(index, slave, failure, history))
+        error = JobError(index, slave, failure, history)
+        if self.tells_delivery:
+            self.history.failed(error)
+        self.plan.process_failure(index, job, error)
         return 0
 
     @cython.final
@@ -249,13 +260,13 @@ cdef class Deliverer(Drainer):
     @cython.final
     cdef int replay(self) except -1:
         """Hand over stored results. Jobs without one go out singly, so that what is stored does not wait for a slave."""
-        holes, self.exhausted = self.journal.replay(self.holes_most - self.again_count)
+        holes, self.exhausted = self.journal.replay(min(self.holes_most - self.again_count, self.window_end - self.next_index))
         for index, job in holes:
             self.retry(index, job, 0, [])
         self.next_index = self.journal.next_index
         self.replays = self.journal.replays
         self.holes_most = self.journal.holes_most
-        return 0
+        return self.move_window()
 
 
 cdef object row_of(Rows codec, object rows, int i):

@@ -64,7 +64,7 @@ cdef class Drainer(Survivor):
     @cython.final
     cdef bint can_replay(self) noexcept nogil:
         """Whether the journal may have results for the jobs that the user gives next."""
-        return self.replays and not self.exhausted and self.again_count < self.holes_most
+        return self.replays and not self.exhausted and self.again_count < self.holes_most and self.next_index < self.window_end
 
     cdef bint has_drained(self) except -1:
         """Whether nothing is on its way any more, or nobody waits for it; `left` then says what is left, if anything."""

@@ -17,6 +17,8 @@ cdef class JobSender(Link):
     cdef Rows result_rows
     cdef int grain
     cdef int read_ahead                 # batches asked for before a slave is free
+    cdef object ordering                # ordering.Order, or None: results are handed over as they come
+    cdef int64_t window_end             # number of the first job that must not be fetched yet
     cdef int local_below                # with fewer slaves than this the master works itself
     cdef bint allow_nan
     cdef bint tells_sent                # on_job_sent is overridden
@@ -65,7 +67,7 @@ cdef class JobSender(Link):
 
     @cython.final
     cdef int room(self) noexcept nogil:
-        """How many batches the user may be asked for now."""
+        """How many batches there is room for now."""
         cdef int waiting = self.scheduler.waiting_count
         if self.draining:
             return 0
@@ -74,6 +76,15 @@ cdef class JobSender(Link):
         if self.scheduler.up_count == 0 or (self.read_ahead and waiting > self.read_ahead // 4):
             return 0
         return min(self.scheduler.free_credit + self.read_ahead - waiting, self.scheduler.batch_count - self.scheduler.open_count)
+
+    @cython.final
+    cdef int fresh_room(self) noexcept nogil:
+        """How many batches the user may be asked for now: jobs that go out again have room beyond the window, or it might never move."""
+        cdef int room = self.room()
+        cdef int64_t ahead = self.window_end - self.next_index
+        if room <= 0 or ahead >= <int64_t> room * self.grain:
+            return room
+        return <int> ((ahead + self.grain - 1) // self.grain) if ahead > 0 else 0
 
     @cython.final
     cdef bint hand_out(self) except -1 nogil:
@@ -115,7 +126,7 @@ cdef class JobSender(Link):
         cdef int count
         if self.exhausted:
             return 0
-        count = self.room()
+        count = self.fresh_room()
         if count <= 0:
             return 0
         if self.plan.next_jobs is not None:

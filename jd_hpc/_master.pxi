@@ -55,6 +55,8 @@ cdef class Master(Deliverer):
             self.stopping = True
             return
         self.plan = plan
+        self.ordering = plan.order
+        self.window_end = (<int64_t> 1 << 62) if self.ordering is None else self.ordering.window_end
         self.journal = plan.journal
         if self.journal is not None:
             self.replays, self.holes_most = self.journal.replays, self.journal.holes_most
@@ -135,14 +137,14 @@ cdef class Master(Deliverer):
         if self.draining and (self.cut_off or self.scheduler.held_count == 0):
             return True
         if self.collected == 0:
-            return (self.again_count > 0 or not self.exhausted) and self.room() > 0
+            return self.room() > 0 if self.again_count > 0 else not self.exhausted and self.fresh_room() > 0
         if not self.in_blocks:  # one turn of the GIL for all that is there
             return empty_polls > 0 or self.collected >= SINGLES_MOST
         if self.collected >= self.collect_limit or empty_polls > BLOCK_PATIENCE_POLLS:
             return True
-        if self.exhausted:  # with these results the user may have new jobs for the slaves
+        if self.exhausted or self.next_index >= self.window_end:  # with these results there may be new jobs for the slaves
             return empty_polls > 0 and self.scheduler.waiting_count == 0
-        return self.room() > 0
+        return self.fresh_room() > 0
 
     # ---- results come in -----------------------------------------------------------------------------------------
 
@@ -292,7 +294,7 @@ cdef class Master(Deliverer):
         else:
             out = Buffer(count * self.result_rows.row_bytes, self.result_rows, 0, True)
         jobs = self.jobs_of(slot, count)
-        failures = Failure.of_all(self.evaluator.evaluate(jobs, count, out, objects))
+        failures = Failure.of_all(self.evaluator.evaluate(jobs, count, out, objects, self.scheduler.first(slot)))
         if self.sent_ns != NULL:
             self.note_time((coarse_ns() - begun_ns) / count)
         if self.judge(0, slot, self.scheduler.first(slot), count, self.scheduler.attempt(slot)) == VERDICT_DELIVER:

@@ -238,7 +238,7 @@ cdef class Slave(Link):
             failures = [(at, error) for at in range(job.count)]
         else:
             try:
-                failures = self.evaluator.evaluate(jobs, job.count, out, results)
+                failures = self.evaluator.evaluate(jobs, job.count, out, results, job.first)
             except StoppedAtWork:
                 return 0
         jobs = None

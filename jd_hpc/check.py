@@ -11,6 +11,7 @@ It keeps books of its own, from the events alone, and knows nothing of how the s
 - A batch that a slave ran when it was lost or suspected is struck. With max_attempts strikes it is given up, and with fewer only if
   too few slaves are left, or it went out 256 times. One of several jobs with one strike left is taken apart.
 - The master runs jobs itself only when too few slaves are left, and then (but for `isolate`) none that was struck.
+- With `ordered`, jobs end in the order of their numbers.
 - The counters at the end agree with the lines.
 
 Job numbers are given in order, so all that is known and not open has ended: memory is bounded by the jobs that are open.
@@ -86,6 +87,7 @@ class Checker:
         self.credit, self.grain, self.most = options["credit"], options["grain"], options["max_attempts"]
         self.least_slaves: int = max(1, options["min_slaves"])
         self.isolate: bool = options["isolate"]
+        self.ordered: bool = options.get("ordered", False)
         self.states = ["absent"] * (begin["slaves"] + 1)
         self.usable: int = begin["slaves"]  # up, or not there yet
         self.owed: list[dict[Dispatch, Batch]] = [{} for _ in self.states]  # sent to a slave and not answered, the oldest first
@@ -93,6 +95,7 @@ class Checker:
         self.open: dict[int, Batch] = {}  # by their first job
         self.unsent: list[tuple[int, int]] = []  # numbers that were passed over: first, count
         self.next_job = 0
+        self.next_end = 0  # with `ordered`: which job is the next one to end
         self.handlers = {
             "up": self._up, "back": self._up, "lost": self._down, "suspect": self._down, "sent": self._sent,
             "accepted": self._answer, "late": self._answer, "refused": self._answer, "delivered": self._delivered,
@@ -304,13 +307,21 @@ class Checker:
             if start < stop:
                 self.open[start] = replace(batch, first=start, count=stop - start, sent=[], earlier=[])
 
+    def _check_turn(self, first: int, count: int) -> None:
+        """Whether these jobs may end now."""
+        if self.ordered and first != self.next_end:
+            self._wrong(f"{Batch(first, count)} ended, but the run is ordered, and job {self.next_end} is the next one")
+        self.next_end = first + count
+
     def _delivered(self, event: Event) -> None:
         for first, count in event["jobs"]:
+            self._check_turn(first, count)
             self._take_out(first, count, "delivered", "")
 
     def _stored(self, event: Event) -> None:
         """Results of an earlier run, out of a journal."""
         for first, count in event["jobs"]:
+            self._check_turn(first, count)
             if self._enter(Batch(first, count)) is None:
                 self._wrong(f"{Batch(first, count)} delivered from the journal, but they were there before")
                 continue
@@ -320,6 +331,7 @@ class Checker:
 
     def _failed(self, event: Event) -> None:
         index, attempts = event["index"], len(event["attempts"])
+        self._check_turn(index, 1)
         if attempts > self.most or (event["died"] is not None and attempts < self.most):
             self._wrong(f"job {index} failed after {attempts} attempts: max_attempts is {self.most}")
         self._take_out(index, 1, "failed", "given up")

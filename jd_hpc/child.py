@@ -141,6 +141,7 @@ class Shared:
         self.running = number(3)  # the job that runs; below 0: the child has not taken the batch yet; count: all done
         self.journal_bytes = number(4)  # complete records
         self.verdict = number(5)
+        self.first = number(6)  # number of the job at offset 0
         self.jobs: NDArray[Any] | None = None  # rows, or
         self.job_memory: Memory | None = None  # a pickle
         self.out: Buffer | None = None
@@ -253,7 +254,7 @@ class Child:
 
     def _batch(self) -> None:
         shared, inner = self._shared, self._inner
-        count = shared.count.get()
+        count, first = shared.count.get(), shared.first.get()
         shared.running.set(0)
         try:
             jobs = self._jobs(count)
@@ -261,13 +262,13 @@ class Child:
             self._tell(list(range(count)), error)
         else:
             if inner.kernel is not None:
-                self._tell_all(inner.evaluate(jobs, count, shared.out, None))
+                self._tell_all(inner.evaluate(jobs, count, shared.out, None, first))
             elif inner.process_jobs is not None:
-                self._block(jobs, count)
+                self._block(jobs, count, first)
             elif shared.out is not None:
-                inner.evaluate(jobs, count, shared.out, None)  # which tells of each failure itself: it is watched
+                inner.evaluate(jobs, count, shared.out, None, first)  # which tells of each failure itself: it is watched
             else:
-                self._singly(jobs, count)
+                self._singly(jobs, count, first)
         shared.running.set(count)
 
     def _jobs(self, count: int) -> Any:
@@ -282,23 +283,23 @@ class Child:
         assert shared.job_memory is not None
         return shared.job_memory.get(0)
 
-    def _singly(self, jobs: Any, count: int) -> None:
+    def _singly(self, jobs: Any, count: int, first: int) -> None:
         """Jobs whose results are objects: each is in the journal before the next job runs."""
         results: list[Any] = [None]
         for at in range(count):
             self._shared.running.set(at)
-            failures = self._inner.evaluate(jobs[at : at + 1], 1, None, results)
+            failures = self._inner.evaluate(jobs[at : at + 1], 1, None, results, first + at)
             if failures:
                 self._tell([at], failures[0][1])
             else:
                 self._publish(at, results[0])
             results[0] = None
 
-    def _block(self, jobs: Any, count: int) -> None:
+    def _block(self, jobs: Any, count: int, first: int) -> None:
         shared, codec = self._shared, self._inner.result_rows
         if codec is None:
             results: list[Any] = [None] * count
-            failures = self._inner.evaluate(jobs, count, None, results)
+            failures = self._inner.evaluate(jobs, count, None, results, first)
             failed = {at for at, _ in failures}
             for at in range(count):
                 if at not in failed:
@@ -307,7 +308,7 @@ class Child:
             assert shared.out is not None
             if self._out is None or self._out.kept():  # a hook may keep its `results`
                 self._out = Buffer(shared.out.size, codec, 0, True)
-            failures = self._inner.evaluate(jobs, count, self._out, None)
+            failures = self._inner.evaluate(jobs, count, self._out, None, first)
             shared.out.rows[:count] = self._out.rows[:count]
         self._tell_all(failures)
 

@@ -19,9 +19,12 @@ from jd_hpc.journal import path_of as journal_path_of
 from jd_hpc.machine import LEAST_HEARTBEAT_S, LocalMachine, MPIMachine, as_machine
 from jd_hpc.plan import Hook, Plan
 from jd_hpc.runs import Run
+from jd_hpc.streams import SEED_MOST, stream
 from jd_hpc.wire import MOST_ATTEMPTS
 
 logger = logging.getLogger("jd_hpc")
+
+INDEX_MOST = (1 << 63) - 1
 
 
 class JobDispatcher:
@@ -68,6 +71,16 @@ class JobDispatcher:
         `math.inf`: it ends never.
     walltime_margin_s : float
         So long before that end all must have come in, in seconds: the time to write, to part and to end.
+    rng : bool
+        Give every job a random stream of its own: `process_job` is called as ``process_job(job, rng)``. See `rng()`, which
+        `process_jobs` calls itself. A journal then belongs to this seed.
+    seed : int
+        Of the random streams, 0 to 2**64 - 1; the same on all ranks.
+    ordered : bool
+        Results and failures are handed over in the order of their jobs. What comes in before its turn waits on the master.
+    window : int, optional
+        With `ordered`: so many jobs, rounded up to whole messages, may be fetched and not handed over; then `next_job` waits for
+        the oldest one. Default: eight times what all slaves may hold, and what `next_jobs` is asked ahead.
 
     Raises
     ------
@@ -94,6 +107,8 @@ class JobDispatcher:
         results dropped, results that came from the journal.
     from_journal : bool
         On the master: True while `process_result` or `process_results` is called with results that the journal had already.
+    first_index : int
+        Where jobs run, while `process_jobs` is called: the number of its first job.
     """
 
     job_dtype: Any = None
@@ -102,6 +117,7 @@ class JobDispatcher:
     allow_nan: bool = True
     payload_limit: int = 1 << 36
     from_journal: bool = False
+    first_index: int = 0
 
     def __init__(
         self,
@@ -122,6 +138,10 @@ class JobDispatcher:
         history: str | os.PathLike[str] | None = None,
         walltime: float | Callable[[], float] | None = None,
         walltime_margin_s: float = 30.0,
+        rng: bool = False,
+        seed: int = 0,
+        ordered: bool = False,
+        window: int | None = None,
     ) -> None:
         self.grain = _number("grain", 1 if grain is None else grain, 1, 1 << 30)
         self.credit = _number("credit", 2 if credit is None else credit, 1, 1 << 10)
@@ -139,6 +159,10 @@ class JobDispatcher:
         is_time = walltime is not None and not callable(walltime) and walltime != math.inf
         self.walltime = _seconds("walltime", walltime) if is_time else walltime  # type: ignore[arg-type]
         self.walltime_margin_s = _seconds("walltime_margin_s", walltime_margin_s, zero=True)
+        self.gives_rng = bool(rng)
+        self.seed = _number("seed", seed, 0, SEED_MOST)
+        self.ordered = bool(ordered)
+        self.window = None if window is None else _number("window", window, 1, 1 << 40)
         if 0 < self.heartbeat_s < LEAST_HEARTBEAT_S:
             raise ValueError(f"heartbeat_s = {heartbeat_s} is out of range: it is 0, or at least {LEAST_HEARTBEAT_S}")
         if self.liveness_timeout_s < 2 * self.heartbeat_s:
@@ -148,6 +172,8 @@ class JobDispatcher:
             )
         if self.memory_limit is not None and not self.isolate:
             raise ValueError("memory_limit needs isolate=True: a limit on the rank itself would end MPI with the job")
+        if self.window is not None and not self.ordered:
+            raise ValueError("window needs ordered=True: without it results wait for nothing")
         if self.max_slaves is not None and self.min_slaves > self.max_slaves:
             raise ValueError(f"min_slaves = {min_slaves} is more than max_slaves = {max_slaves}; no run could ever use slaves")
         self.machine: LocalMachine | MPIMachine = as_machine(vm)
@@ -170,12 +196,16 @@ class JobDispatcher:
         """Slave: run one job and return its result.
 
         A numeric job is a read-only view of the receive buffer, which may be kept. The result must be exactly what `result_dtype`
-        says. An exception fails this job only: the master gets it in `process_failure`.
+        says. An exception fails this job only: the master gets it in `process_failure`. With ``rng=True`` a second
+        argument comes, the job's random stream.
         """
         raise NotImplementedError(f"{type(self).__name__} must define process_job(job), process_jobs(jobs, results) or a kernel")
 
     def process_result(self, index: int, job: Any, result: Any) -> None:
-        """Master: take the result of job number `index` (from 0), once for every job, in order of completion."""
+        """Master: take the result of job number `index` (from 0), once for every job, in order of completion.
+
+        With ``ordered=True`` in the order of `index`, failures included.
+        """
 
     def process_failure(self, index: int, job: Any, error: JobError) -> None:
         """Master: job number `index` failed; `error` has the traceback of the slave. The default ends the run and raises it."""
@@ -199,7 +229,7 @@ class JobDispatcher:
         """Slave, instead of `process_job` where overridden: run a batch.
 
         `jobs` has up to `grain` jobs: an array of rows, or a list. Fill `results`: an array of as many rows, or a list. An
-        exception fails the whole batch.
+        exception fails the whole batch. Job i of them has the number ``self.first_index + i``.
         """
         raise NotImplementedError
 
@@ -238,6 +268,21 @@ class JobDispatcher:
 
     def on_shutdown(self) -> None:
         """Every rank, at the end of every run, also when it failed."""
+
+    # ---- random numbers ----------------------------------------------------------------------------------------------
+
+    def rng(self, index: int) -> np.random.Generator:
+        """Any rank: return a fresh random stream for job `index`, at its beginning.
+
+        It depends on `seed` and `index` alone: not on the rank, nor on how often the job was tried. Streams of two jobs, or of two
+        seeds, never overlap. It is a numpy Generator over Philox.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If `index` is no number of a job.
+        """
+        return stream(self.seed, _number("index", index, 0, INDEX_MOST))
 
     # ---- the run -----------------------------------------------------------------------------------------------------
 

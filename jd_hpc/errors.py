@@ -264,6 +264,8 @@ class JobError(RemoteError):
         The rank that ran it; 0 is the master.
     attempts : list of (int, str)
         For a job whose slaves failed, or whose processes died: which slave, and how it ended, for every attempt.
+    died : str or None
+        How the process ended that ran it last, if that is why it failed.
     """
 
     def __init__(self, index: int, slave: int, failure: Failure, attempts: Sequence[tuple[int, str]] = ()) -> None:
@@ -276,6 +278,7 @@ class JobError(RemoteError):
         self.index = index
         self.slave = slave
         self.attempts = list(attempts)
+        self.died = failure.died
 
 
 class SlaveError(RemoteError):

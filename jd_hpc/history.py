@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from jd_hpc._history import Lines
-from jd_hpc.errors import Failure, HistoryError
+from jd_hpc.errors import Failure, HistoryError, JobError
 
 logger = logging.getLogger("jd_hpc")
 
@@ -113,6 +113,11 @@ class History:
         """Write an event of a rare kind, and all that waits, at once."""
         self._add(name, **facts)
         self.look_for_trouble()
+
+    def failed(self, error: JobError) -> None:
+        """Tell that a job goes to process_failure."""
+        facts = {"error": error.type_name, "died": error.died, "attempts": error.attempts}
+        self.event("failed", index=error.index, slave=error.slave, **facts)
 
     def _add(self, name: str, **facts: Any) -> None:
         tail = json.dumps(facts, separators=(",", ":"), default=str)[1:]

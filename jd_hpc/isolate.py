@@ -102,7 +102,7 @@ class IsolatedEvaluator(Evaluator):
         self._starts = 0  # children in a row that took no batch
         self._last_how = ""  # what became of the last one
 
-    def evaluate(self, jobs: Any, count: int, out: Buffer | None, results: list[Any] | None) -> Failures:
+    def evaluate(self, jobs: Any, count: int, out: Buffer | None, results: list[Any] | None, first: int = 0) -> Failures:
         """Run the first `count` of `jobs`; the same contract as the base class has.
 
         A job whose process died, or had to be killed, fails with a ProcessDiedError; an exception of a job comes as a Failure.
@@ -120,6 +120,7 @@ class IsolatedEvaluator(Evaluator):
             while ended < count:
                 shared = self._started()
                 try:
+                    shared.first.set(first + ended)
                     self._ask(shared, jobs, ended, count)
                 except PayloadError as error:
                     return [*failures, *((at, error) for at in range(ended, count))]

@@ -95,8 +95,6 @@ class Journal:
         Whether there may be stored results still to be delivered.
     holes_most : int
         How many jobs that are not stored may wait meanwhile.
-    delivered : int
-        Stored results delivered so far.
     """
 
     def __init__(self, path: str, plan: Plan, dispatcher: JobDispatcher) -> None:
@@ -106,7 +104,8 @@ class Journal:
         self._process_result, self._process_results = plan.process_result, plan.process_results
         self._job_rows, self._result_rows = plan.job_rows, plan.result_rows
         self._allow_nan = plan.allow_nan
-        self._history = plan.history
+        self._order = plan.order
+        self._history = plan.history if plan.order is None else None  # the order tells it what it hands over
         self._mask: NDArray[np.bool_] | None = None
         self._noted: dict[int, int] = {}
         row_bytes = [0 if rows is None else rows.row_bytes for rows in (plan.job_rows, plan.result_rows)]
@@ -116,9 +115,10 @@ class Journal:
             self.holes_most = max(1, min(HOLES_MOST, HOLES_BYTES // self._job_rows.row_bytes))
             mask = byte_mask(self._job_rows.dtype)
             self._mask = None if mask.all() else mask
-        self.next_index = self.delivered = 0
+        self.next_index = self._delivered = 0
         job, result = dtype_text(plan.job_dtype, "job_dtype"), dtype_text(plan.result_dtype, "result_dtype")
-        self._writer = JournalWriter(path, new_facts(result, job, type(dispatcher).__qualname__))
+        seed = plan.seed if plan.gives_rng else None
+        self._writer = JournalWriter(path, new_facts(result, job, type(dispatcher).__qualname__, seed))
         self._table, self._reader = self._writer.take_table(), self._writer.reader
         self.replays = self._table.end > 0
         if self._job_rows is None:
@@ -203,6 +203,11 @@ class Journal:
             pickles = [_pickled(index, result) for index, result in zip(indices.tolist(), results, strict=True)]
             pieces += [np.array([len(one) for one in pickles], "u8").tobytes(), b"".join(pickles)]
         self._writer.add(len(indices), pieces)
+
+    @property
+    def delivered(self) -> int:
+        """How many stored results the user's hooks have had."""
+        return self._delivered - (0 if self._order is None else self._order.held_stored)
 
     # ---- what is there is delivered -------------------------------------------------------------------------------
 
@@ -292,7 +297,7 @@ class Journal:
                         self._process_result(index, job, result)
             finally:
                 self._dispatcher.from_journal = False
-            self.delivered += len(part)
+            self._delivered += len(part)
         for index in indices.tolist() if self._job_rows is None else ():
             del self._noted[index]
 

@@ -86,6 +86,8 @@ class Facts(NamedTuple):
     """The class that ran the jobs: for messages only."""
     created: str
     host: str
+    seed: int | None = None
+    """Of the jobs' random streams, where they have any."""
 
     def encode(self) -> bytes:
         """Return the body of the block of facts."""

@@ -94,6 +94,7 @@ def show(path: str, out: TextIO) -> None:
             ("results are", _plain(facts.result)),
             ("jobs are", _plain(facts.job)),
             ("class", facts.name),
+            *([] if facts.seed is None else [("seed", str(facts.seed))]),
             ("begun", f"{facts.created} on {facts.host}"),
             ("bytes", str(os.fstat(reader.fd).st_size)),
             ("written by", holder_of(os.path.realpath(path)) or "nobody now"),
@@ -315,7 +316,10 @@ def merge(out: str, paths: list[str], numbering: str) -> None:
             for reader in readers[1:]:
                 if (reader.facts.result, reader.facts.job) != (facts.result, facts.job):
                     raise JournalMismatchError(f"{paths[0]} and {reader.path} are of different dtypes: keep them apart")
-            make_file(made, new_facts(facts.result, facts.job, facts.name))
+                if numbering == "same" and reader.facts.seed != facts.seed:
+                    raise JournalMismatchError(f"{paths[0]} and {reader.path} are of different seeds: keep them apart")
+            seed = facts.seed if numbering == "same" else None  # a random stream belongs to a job's number
+            make_file(made, new_facts(facts.result, facts.job, facts.name, seed))
             fd = os.open(made, os.O_WRONLY | os.O_APPEND)
             stack.callback(os.close, fd)
             merged = _Merged(fd, facts.result == OBJECT)

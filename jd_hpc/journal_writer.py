@@ -48,9 +48,9 @@ Record = tuple[int, list[Piece]]
 """Count, and what goes into a block: indices, fingerprints, (lengths,) results."""
 
 
-def new_facts(result: str, job: str, name: str) -> Facts:
-    """Return the facts of a journal that is made now, from the texts of its dtypes and the name of a class."""
-    return Facts(VERSION, result, job, name, time.strftime("%Y-%m-%d %H:%M:%S %z"), socket.gethostname())
+def new_facts(result: str, job: str, name: str, seed: int | None = None) -> Facts:
+    """Return the facts of a journal that is made now, from the texts of its dtypes, the name of a class, and a seed."""
+    return Facts(VERSION, result, job, name, time.strftime("%Y-%m-%d %H:%M:%S %z"), socket.gethostname(), seed)
 
 
 class JournalWriter:
@@ -133,6 +133,11 @@ class JournalWriter:
                     f"the journal {self.path} belongs to other jobs: its {what} are {_plain(there)} ({found.name}, begun "
                     f"{found.created}), and those of {mine.name} are {_plain(here)}. Give this run a journal of its own"
                 )
+        if mine.seed != found.seed:
+            raise JournalMismatchError(
+                f"the journal {self.path} holds results of {_seeded(found.seed)} ({found.name}, begun {found.created}), and this "
+                f"run has {_seeded(mine.seed)}: other numbers. Give this run a journal of its own, or the same rng and seed"
+            )
 
     # ---- the master's side ---------------------------------------------------------------------------------------
 
@@ -262,6 +267,10 @@ class JournalWriter:
             f"the journal {self.path} cannot be written any more: {error.strerror}. The {self._end} bytes that are there are kept; "
             f"make room (or raise the quota or limit), start the same script again, and it goes on from there"
         )
+
+
+def _seeded(seed: int | None) -> str:
+    return "no seed (no rng=True, or merged under other numbers)" if seed is None else f"seed {seed}"
 
 
 def _plain(text: str) -> str:

@@ -29,6 +29,13 @@ class Kernel(NamedTuple):
     user_data: int
 
 
+def is_one(given: Any) -> bool:
+    """Tell whether this is meant as a kernel, and not as a Python function."""
+    if isinstance(given, (tuple, _FUNCTION_POINTER)) or type(given).__name__ == "PyCapsule" or _is_cffi(given):
+        return True
+    return isinstance(getattr(given, "address", None), int) and hasattr(given, "native_name")
+
+
 def resolve(given: Any) -> Kernel:
     """Find the address of a kernel.
 

@@ -134,7 +134,7 @@ def _evaluate(plan: Plan, evaluator: Evaluator, jobs: Any, first: int) -> tuple[
         out = Buffer(count * plan.result_rows.row_bytes, plan.result_rows, 0, True)
     if plan.history is not None:
         plan.history.lines.sent(0, 0, first, count, 0)
-    failures = Failure.of_all(evaluator.evaluate(jobs, count, out, objects))
+    failures = Failure.of_all(evaluator.evaluate(jobs, count, out, objects, first))
     if plan.history is not None:
         plan.history.lines.result(VERDICT_DELIVER, 0, 0, first, count, 0)
     if out is None:
@@ -213,9 +213,8 @@ def _deliver(plan: Plan, first: int, jobs: Any, results: Any, failures: dict[int
     for at in range(len(jobs)):
         if at in failures:
             error = JobError(first + at, 0, failures[at], attempts.get(at, ()))
-            if plan.history is not None:
-                facts = {"error": error.type_name, "died": failures[at].died, "attempts": error.attempts}
-                plan.history.event("failed", index=first + at, slave=0, **facts)
+            if plan.history is not None and plan.order is None:
+                plan.history.failed(error)
             plan.process_failure(first + at, jobs[at], error)
         elif plan.process_results is None:
             _note_delivery(plan, first + at)
@@ -223,7 +222,7 @@ def _deliver(plan: Plan, first: int, jobs: Any, results: Any, failures: dict[int
 
 
 def _note_delivery(plan: Plan, index: int) -> None:
-    if plan.history is not None:
+    if plan.history is not None and plan.order is None:
         plan.history.lines.delivered(index, 1)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import logging
 import os
+import pickle
 import socket
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import numpy as np
 
 from jd_hpc import ending, slurm, supervisor
 from jd_hpc.beats import Connection, Listener
-from jd_hpc.errors import FamilyError, LaunchError
+from jd_hpc.errors import FamilyError, LaunchError, MasterLostError
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Comm, Intracomm
@@ -29,6 +30,9 @@ SILENT_AT_THE_END_S = 10.0
 """At the end of the program the master waits for ranks that give signs of life, and so long for one that gives none."""
 PART_LOOK_S = 0.002
 LEAST_HEARTBEAT_S = 0.02
+TAG_NEWS = 2
+"""Of `Channel.tell`; wire.py has the other tags."""
+HEAR_LOOK_S = 0.0005
 FIRST_HEARTBEAT_S = 0.5
 """Before the first run."""
 
@@ -154,6 +158,7 @@ class Channel:
         self.missing: set[int] = set()
         self.listener: Listener | None = None
         self.connection: Connection | None = None
+        self._news: list[Any] = []  # sends of `tell` that are not complete: a rank may be gone
         if self.comm.Get_rank() == 0 and len(self.hosts) > 1:
             _warn_of_ucx()
         self._connect()
@@ -212,6 +217,42 @@ class Channel:
     def limited(self, seconds: float | None) -> contextlib.AbstractContextManager[None]:
         """Context, slave: what takes longer gives no more signs of life until it is over. None: no limit."""
         return contextlib.nullcontext() if self.connection is None else self.connection.limited(seconds)
+
+    def tell(self, value: Any) -> None:
+        """Master, before a run: let every rank that is there know something. Nobody is waited for."""
+        from mpi4py import MPI
+
+        news = pickle.dumps((self.run, value), 5)
+        with contextlib.suppress(MPI.Exception):
+            self._news = [request for request in self._news if not request.Test()]
+        for rank in range(1, self.comm.Get_size()):
+            if rank not in self.dead:
+                with contextlib.suppress(MPI.Exception):  # it is gone, which the run will notice
+                    self._news.append(self.comm.Isend([news, MPI.BYTE], rank, TAG_NEWS))
+
+    def hear(self, heartbeat_s: float) -> Any:
+        """Slave, before a run: return what the master told.
+
+        Raises
+        ------
+        MasterLostError
+            If the master is gone.
+        """
+        from mpi4py import MPI
+
+        beat, status = self.beat_every(heartbeat_s), MPI.Status()
+        while True:
+            if self.comm.Iprobe(0, TAG_NEWS, status):
+                news = bytearray(status.Get_count(MPI.BYTE))
+                self.comm.Recv([news, MPI.BYTE], 0, TAG_NEWS)
+                run, value = pickle.loads(news)
+                if run >= self.run:  # else it was told before a run that went on without this rank
+                    return value
+            elif beat is not None and not beat.alive:
+                ending.failed(str(MasterLostError()))
+                raise MasterLostError
+            else:
+                time.sleep(HEAR_LOOK_S)
 
     def acknowledge(self) -> list[int]:
         """Master: ask MPI which ranks it knows to have failed (ULFM), and have it go on without them."""

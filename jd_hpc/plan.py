@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from jd_hpc import kernel as kernels
 from jd_hpc._batch import Evaluator, Rows
 from jd_hpc.errors import KernelError, PayloadError
+from jd_hpc.ordering import CREDITS, Order
 from jd_hpc.payload import check_dtype
 from jd_hpc.wire import PROTOCOL
 
@@ -52,6 +53,9 @@ class Plan:
         self.memory_limit: int | None = dispatcher.memory_limit
         self.payload_limit: int = dispatcher.payload_limit
         self.allow_nan: bool = bool(dispatcher.allow_nan)
+        self.owner = dispatcher
+        self.gives_rng: bool = dispatcher.gives_rng
+        self.seed: int = dispatcher.seed
         self.job_dtype = check_dtype(dispatcher.job_dtype, "job_dtype")
         self.result_dtype = check_dtype(dispatcher.result_dtype, "result_dtype")
         self.job_rows: Rows | None = None if self.job_dtype is None else Rows(self.job_dtype)
@@ -78,16 +82,22 @@ class Plan:
         self.on_slave_failed = own("on_slave_failed")
         self.on_job_sent = own("on_job_sent")
         self.on_result = own("on_result")
-        self.history: History | None = None  # the master's, where there is one
+        self.history: History | None = None  # the master's, where there is one; see `tell`
         self.kernel = self._kernel(dispatcher.kernel)
         self.read_ahead = self._read_ahead()
         self.journal: Journal | None = None  # on the master, if the run has one
+        self.order: Order | None = self._order(dispatcher) if dispatcher.ordered else None
 
     def _kernel(self, given: Any) -> kernels.Kernel | None:
         if given is None:
             return None
         if self.job_rows is None or self.result_rows is None:
             raise KernelError("a compiled kernel needs rows to work on: declare both job_dtype and result_dtype")
+        if self.gives_rng:
+            raise KernelError(
+                "rng=True: a compiled kernel cannot draw from a numpy generator; draw in next_job and let the numbers travel in "
+                "the job, or write process_job in Python"
+            )
         return kernels.resolve(given)
 
     def _read_ahead(self) -> int:
@@ -97,12 +107,36 @@ class Plan:
         batch_bytes = self.grain * self.job_rows.row_bytes
         return max(1, min(READ_AHEAD_BATCHES, READ_AHEAD_JOBS // self.grain, READ_AHEAD_BYTES // batch_bytes))
 
+    def _order(self, dispatcher: JobDispatcher) -> Order:
+        """Have an order between whoever delivers and the hooks."""
+        window = dispatcher.window or self.grain * (CREDITS * self.credit * dispatcher.machine.slots + self.read_ahead)
+        order = Order(self.process_result, self.process_results, self.process_failure, dispatcher, window)
+        self.process_result, self.process_failure = order.take_result, order.take_failure
+        if self.process_results is not None:
+            self.process_results = order.take_results
+        return order
+
+    def tell(self, history: History | None) -> None:
+        """Have a history told what happens."""
+        self.history = history
+        if self.order is not None:
+            self.order.history = history
+
     def evaluator(self, on_wait: Callable[[], object] | None = None) -> Evaluator:
         """Return what runs a batch of jobs; whoever asks for it calls `close()` of it at last.
 
         With `isolate` it calls `on_wait` now and then while it waits; what that raises ends the batch.
         """
-        inner = Evaluator(self.process_job, self.process_jobs, self.job_rows, self.result_rows, self.allow_nan, self.kernel)
+        inner = Evaluator(
+            self.process_job,
+            self.process_jobs,
+            self.job_rows,
+            self.result_rows,
+            self.allow_nan,
+            self.kernel,
+            self.owner.rng if self.gives_rng else None,
+            self.owner,
+        )
         if not self.isolate:
             return inner
         from jd_hpc.isolate import IsolatedEvaluator
@@ -125,6 +159,8 @@ class Plan:
             "credit": str(self.credit),
             "payload_limit": str(self.payload_limit),
             "isolate": str(self.isolate),
+            "rng": str(self.gives_rng),
+            "seed": str(self.seed),
         }
 
     def differences(self, theirs: dict[str, str]) -> str:

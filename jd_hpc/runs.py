@@ -32,7 +32,7 @@ ISOLATED_MARGIN_S = 10.0
 """With isolate the slave ends an overdue job itself; the master steps in when not even that has worked."""
 OPTIONS = (
     "grain", "credit", "max_attempts", "min_slaves", "local_fallback", "job_timeout_s", "isolate", "memory_limit", "heartbeat_s",
-    "liveness_timeout_s",
+    "liveness_timeout_s", "ordered", "gives_rng", "seed",
 )  # fmt: skip
 """What a history tells."""
 
@@ -113,7 +113,7 @@ class Run:
         dispatcher = self._dispatcher
         try:
             plan = self._make_plan()
-            plan.history = history.begin(self._facts(0))
+            plan.tell(history.begin(self._facts(0)))
             with self._journal(plan):
                 dispatcher.on_startup()
                 dispatcher.reset()
@@ -123,7 +123,7 @@ class Run:
             stored = 0 if plan.journal is None else plan.journal.delivered
             dispatcher.stats = history.counters = {"jobs": engine.count, "from journal": stored}
             if engine.put_back:
-                raise self._unfinished(engine.count - engine.put_back, engine.put_back, 0)
+                raise self._unfinished(plan, engine.count - engine.put_back, engine.put_back, 0)
             self._log("%d jobs were evaluated locally", engine.count - stored)
             return dispatcher.postprocess()
         finally:
@@ -141,7 +141,7 @@ class Run:
                 try:
                     plan = self._make_plan()
                     slaves = 0 if alone else usable
-                    plan.history = history.begin(self._facts(slaves, run=master.run, mpi=mpi_name(), hosts=channel.hosts))
+                    plan.tell(history.begin(self._facts(slaves, run=master.run, mpi=mpi_name(), hosts=channel.hosts)))
                     opened.enter_context(self._journal(plan))
                     master.begin(plan, slaves)
                     self._watch(channel, master)
@@ -162,7 +162,7 @@ class Run:
                         history.counters = dispatcher.stats
             self._log("run %d: %s", master.run, dispatcher.stats)
             if master.left is not None:
-                raise self._unfinished(*master.left)
+                raise self._unfinished(plan, *master.left)
             return dispatcher.postprocess()
         finally:
             dispatcher.on_shutdown()
@@ -246,9 +246,10 @@ class Run:
         self._drain = Drain(plan.grain, plan.credit, walltime)
         return self._drain
 
-    def _unfinished(self, ended: int, put_back: int, cut_off: int) -> Unfinished:
+    def _unfinished(self, plan: Plan, ended: int, put_back: int, cut_off: int) -> Unfinished:
         assert self._drain is not None
-        error = Unfinished(self._drain.reason, ended, put_back, cut_off)
+        held = 0 if plan.order is None else plan.order.held  # they came in, but no hook has had them
+        error = Unfinished(self._drain.reason, ended - held, put_back + held, cut_off)
         print(f"jd_hpc: {error}; exit code {error.code}", file=sys.stderr, flush=True)
         ending.exit_with(error.CODE)
         return error
