@@ -19,6 +19,7 @@ from jd_hpc.journal import path_of as journal_path_of
 from jd_hpc.machine import LEAST_HEARTBEAT_S, LocalMachine, MPIMachine, as_machine
 from jd_hpc.plan import Hook, Plan
 from jd_hpc.runs import Run
+from jd_hpc.signals import Drains
 from jd_hpc.wire import MOST_ATTEMPTS
 
 logger = logging.getLogger("jd_hpc")
@@ -266,13 +267,16 @@ class JobDispatcher:
         JournalError
             On the master, one of its kinds: if another run writes this journal, if it belongs to other jobs, is damaged, or cannot
             be written.
+        NestedRunError, ThreadLevelError
+            If the vm is in a run of this process already, or MPI does not allow a run in this thread (docs/nested.md).
         JdError
             Others of its kinds for bad jobs, bad results and ranks that disagree; each names its cause and cure.
         Exception
             Whatever a hook of the master raised, after all slaves have left the run.
         """
         self._set_up_logging()
-        return Run(self, self._plan, journal_path_of(journal), self._log).go()
+        path = None if journal is None and Drains.is_inside() else journal_path_of(journal)  # JD_HPC_JOURNAL is the outer run's
+        return Run(self, self._plan, path, self._log).go()
 
     def _plan(self) -> Plan:
         plan = Plan(self, self._overrides)

@@ -24,6 +24,14 @@ class LaunchError(JdError, RuntimeError):
     """The ranks were not started as one MPI run."""
 
 
+class NestedRunError(JdError, RuntimeError):
+    """run() on a communicator that is in a run already, or in a process that was forked from a rank."""
+
+
+class ThreadLevelError(JdError, RuntimeError):
+    """run() from a thread that must not call MPI."""
+
+
 class FamilyError(JdError, ImportError):
     """No compiled core for the MPI that mpi4py runs on."""
 

@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 
 from jd_hpc import ending, slurm, supervisor
 from jd_hpc.beats import Connection, Listener
+from jd_hpc.claims import Claim
 from jd_hpc.errors import FamilyError, LaunchError
 
 if TYPE_CHECKING:
@@ -112,6 +114,12 @@ class MPIMachine:
         """Host name → ranks on it. The first use is collective: every rank must ask, or have run a dispatcher."""
         return self.channel().hosts
 
+    def claim(self) -> Claim:
+        """Begin a run on these ranks: no other one of this process may until the claim is released."""
+        from mpi4py import MPI
+
+        return Claim(MPI, MPI._handleof(self.comm))
+
     def channel(self) -> Channel:
         """Return our own duplicate of the communicator, made when it is first asked for (collective)."""
         return Channel.of(self.comm)
@@ -138,6 +146,7 @@ class Channel:
     """
 
     _keyval: int | None = None
+    _keyval_lock = threading.Lock()
 
     def __init__(self, comm: Intracomm) -> None:
         from mpi4py import MPI
@@ -255,8 +264,9 @@ class Channel:
         """Return the channel of `comm`; the first call on a communicator is collective."""
         from mpi4py import MPI
 
-        if cls._keyval is None:
-            cls._keyval = MPI.Comm.Create_keyval(delete_fn=cls._delete, nopython=False)
+        with cls._keyval_lock:
+            if cls._keyval is None:
+                cls._keyval = MPI.Comm.Create_keyval(delete_fn=cls._delete, nopython=False)
         channel = comm.Get_attr(cls._keyval)
         if channel is None:
             channel = cls(comm)

@@ -4,7 +4,7 @@ The rules it keeps:
 
 - Whatever happens on the master, the slaves leave the run first; then history and journal are closed, and errors go on.
 - A slave that cannot go on tells the master why, and leaves with the others.
-- `on_shutdown` comes last on every rank.
+- `on_shutdown` comes last on every rank. By then, and in `postprocess`, the ranks may begin another run.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from jd_hpc import allocation, chaos, ending, local, supervisor
+from jd_hpc.claims import Claim
 from jd_hpc.errors import MasterLostError, Unfinished
 from jd_hpc.history import History
 from jd_hpc.journal import Journal
@@ -64,6 +65,7 @@ class Run:
         self._journal_path = journal_path
         self._log = log
         self._asked: Asked | None = None
+        self._claim: Claim
         self._drain: Drain | None = None
 
     def go(self) -> Any:
@@ -74,17 +76,18 @@ class Run:
                 with self._history() as history:
                     return self._go_alone(history)
             core = load_core()
-            channel = machine.channel()
-            chaos.arm_from_environment(machine.rank, machine.size)
-            if machine.is_master:
-                master = core.Master(
-                    channel.handle, channel.next_run(), channel.body_turn, channel.early, channel.dead, channel.missing
-                )
-                with Interrupts(master), self._history() as history:
-                    return self._go_as_master(machine, channel, master, history)
-            slave = core.Slave(channel.handle, channel.next_run(), channel.body_turn)
-            with Interrupts(slave):
-                return self._go_as_slave(channel, slave)
+            with machine.claim() as self._claim:
+                channel = machine.channel()
+                chaos.arm_from_environment(machine.rank, machine.size)
+                if machine.is_master:
+                    master = core.Master(
+                        channel.handle, channel.next_run(), channel.body_turn, channel.early, channel.dead, channel.missing
+                    )
+                    with Interrupts(master), self._history() as history:
+                        return self._go_as_master(machine, channel, master, history)
+                slave = core.Slave(channel.handle, channel.next_run(), channel.body_turn)
+                with Interrupts(slave):
+                    return self._go_as_slave(channel, slave)
 
     # ---- alone -------------------------------------------------------------------------------------------------------
 
@@ -138,6 +141,7 @@ class Run:
                         raise
                     finally:
                         history.counters = dispatcher.stats
+                        self._claim.release()
             self._log("run %d: %s", master.run, dispatcher.stats)
             if master.left is not None:
                 raise self._unfinished(*master.left)
@@ -192,6 +196,7 @@ class Run:
                 slave.leave()
             finally:
                 slave.close()
+                self._claim.release()
                 if not slave.parted and channel.connection is not None:
                     channel.connection.close()  # the process may live on, and the master is not to wait for its goodbye
                 # A slave that was drained, without a supervisor, waits in MPI_Finalize until the master ends the run by MPI_Abort:
