@@ -6,7 +6,7 @@ cdef enum:
 cdef list aside = []  # buffers of sends that never completed: MPI may read them until the process ends
 
 
-cdef class JobSender(Link):
+cdef class JobSender(Sharer):
     """Asks the user for jobs, keeps them in the slots of the scheduler's ledger, and sends them to whom the scheduler names."""
     cdef readonly Scheduler scheduler
     cdef object plan

@@ -25,6 +25,7 @@ cdef class Master(Deliverer):
     def __cinit__(self, uintptr_t handle, int64_t run, uint32_t[::1] body_turn, list early, set dead, set missing):
         self.dead, self.missing = dead, missing
         self.histories = {}
+        self.shares = []
         self.again = deque()
         self.broken_off = []
         self.early_in = early[:]
@@ -54,6 +55,7 @@ cdef class Master(Deliverer):
             self.stopping = True
             return
         self.plan = plan
+        self.sharing = plan.sharing
         self.journal = plan.journal
         if self.journal is not None:
             self.replays, self.holes_most = self.journal.replays, self.journal.holes_most
@@ -227,6 +229,9 @@ cdef class Master(Deliverer):
         elif header.kind == KIND_READY:
             if source <= self.slave_count:
                 self.greet(source, self.opened(buffer, offset, end, dict, source))
+        elif header.kind == KIND_SHARED:
+            if source <= self.slave_count:
+                self.hear_of(source, self.opened(buffer, offset, end, dict, source))
         elif header.kind == KIND_DRAIN:
             if not is_request(header.count, header.attempt):
                 raise ProtocolError(f"rank {source} asks to drain at level {header.count} because of signal {header.attempt}")
@@ -240,12 +245,25 @@ cdef class Master(Deliverer):
             raise ProtocolError(f"rank {source} sent a message of kind {header.kind}")
         return 0
 
-    cdef int greet(self, int slave, dict facts) except -1:
-        """A slave reports for work."""
+    cdef bint agrees(self, int slave, dict facts) except -1:
+        """Whether a slave runs the same; if not, that is the end of the run."""
         wrong = self.plan.differences(facts)
         if wrong:
-            return self.fail(RanksDisagreeError(f"slave {slave} and the master disagree: {wrong}; start all ranks with the same "
-                                                "script, options and environment"))
+            self.fail(RanksDisagreeError(f"slave {slave} and the master disagree: {wrong}; start all ranks with the same "
+                                         "script, options and environment"))
+        return not wrong
+
+    cdef int hear_of(self, int slave, dict told) except -1:
+        """A slave speaks of the shared data. Whether it runs the same as the master shows first."""
+        facts = told.get(ASKS, {})
+        if facts and not self.agrees(slave, facts):
+            return 0
+        return self.hear_of_shared(slave, told)
+
+    cdef int greet(self, int slave, dict facts) except -1:
+        """A slave reports for work."""
+        if not self.agrees(slave, facts):
+            return 0
         if self.scheduler.on_ready(slave) < 0:
             raise ProtocolError(f"slave {slave} reports for work twice")
         self.missing.discard(slave)
@@ -342,11 +360,11 @@ cdef class Master(Deliverer):
                 self.evaluator.close()
             self.failed = bool(self.failed or self.dead or self.missing)
             if self.failed:
-                aside.extend((buffers, self.slot_buffers, self.slab))  # what was sent to them may still be read
+                aside.extend((buffers, self.slot_buffers, self.slab, self.shares, self.shared_data))  # what was sent to them may still be read
         except BaseException:
             # The user will not wait: MPI may still write to and read from all of these, and ranks wait for a word.
             self.failed = True
-            aside.extend((buffers, self.messages, self.body_buffers, self.slot_buffers, self.slab))
+            aside.extend((buffers, self.messages, self.body_buffers, self.slot_buffers, self.slab, self.shares, self.shared_data))
             raise
         finally:
             self.parting = False
@@ -359,7 +377,10 @@ cdef class Master(Deliverer):
         for rank in range(1, self.size):
             if not self.gone[rank] and not (self.said_bye[rank] and self.is_sent(&stops[rank])):
                 return False
-        return self.body_count == 0 and self.all_sent()
+        if self.body_count > 0 or not self.all_sent():
+            return False
+        with gil:
+            return self.all_shared(self.gone)
 
     cdef bint all_sent(self) except -1 nogil:
         """Whether no slot is being sent any more to anybody who is there."""

@@ -73,6 +73,7 @@ cdef class Survivor(JobSender):
                 elif self.scheduler.on_ready(slave) == 0:
                     self.note("back", slave=slave, how=how)
                     logger.warning("slave %d is taken on again: %s", slave, how)
+            self.look_for_keepers(self.dead, self.missing)
             if self.stopping:
                 self.look_for_stragglers(now)
             else:

@@ -57,7 +57,7 @@ class Claim:
         if mpi.Query_thread() < mpi.THREAD_MULTIPLE and not mpi.Is_thread_main():
             raise ThreadLevelError(
                 "run() was called from another thread than the one that initialized MPI, and MPI was initialized without "
-                "MPI_THREAD_MULTIPLE. Cure: call it from the main thread; or have mpi4py.rc.thread_level = 'multiple', its default, "
+                "MPI_THREAD_MULTIPLE. Cure: call it from the main thread; or set mpi4py.rc.thread_level = 'multiple', the default, "
                 "before mpi4py.MPI is imported"
             )
         with _lock:

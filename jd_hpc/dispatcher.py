@@ -211,6 +211,14 @@ class JobDispatcher:
         """
         raise NotImplementedError
 
+    def shared(self) -> Any:
+        """Master, after `reset`, where overridden: return what every slave is to have before its first job.
+
+        While the run is on, `self.shared` is no longer this method but what it returned: on every slave, and on the master. It can
+        be anything that can be pickled. Arrays in it are read-only, and large ones lie in memory once per host (docs/shared.md).
+        """
+        raise NotImplementedError
+
     def job_key(self, job: Any) -> Any:
         """Master, with a journal and jobs that are objects: return what identifies a job, the job itself by default.
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jd_hpc.dispatcher import JobDispatcher
     from jd_hpc.history import History
     from jd_hpc.journal import Journal
+    from jd_hpc.sharing import Sharing
 
 Hook = Callable[..., Any]
 
@@ -73,6 +74,8 @@ class Plan:
         self.next_jobs = own("next_jobs")
         self.process_jobs = own("process_jobs")
         self.process_results = own("process_results")
+        self.shared = own("shared")
+        self.sharing: Sharing | None = None  # on the master, if shared() is overridden
         self.on_slave_started = own("on_slave_started")
         self.on_slave_idle = own("on_slave_idle")
         self.on_slave_failed = own("on_slave_failed")
@@ -125,6 +128,7 @@ class Plan:
             "credit": str(self.credit),
             "payload_limit": str(self.payload_limit),
             "isolate": str(self.isolate),
+            "shared() overridden": str(self.shared is not None),
         }
 
     def differences(self, theirs: dict[str, str]) -> str:

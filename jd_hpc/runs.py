@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from jd_hpc import allocation, chaos, ending, local, supervisor
+from jd_hpc import allocation, chaos, ending, local, sharing, supervisor
 from jd_hpc.claims import Claim
 from jd_hpc.errors import MasterLostError, Unfinished
 from jd_hpc.history import History
@@ -71,7 +71,7 @@ class Run:
     def go(self) -> Any:
         """Run, and return what `postprocess` returned on the master."""
         machine = self._dispatcher.machine
-        with Drains() as self._asked:
+        with Drains() as self._asked, sharing.put_back(vars(self._dispatcher)):
             if isinstance(machine, LocalMachine) or machine.size == 1:
                 with self._history() as history:
                     return self._go_alone(history)
@@ -99,6 +99,7 @@ class Run:
             with self._journal(plan):
                 dispatcher.on_startup()
                 dispatcher.reset()
+                self._share_alone(plan)
                 drain = None if self._asked is None else self._make_drain(plan)  # inside another run's job: that one's business
                 count, put_back = local.run_jobs(plan, drain, self._asked)
             stored = 0 if plan.journal is None else plan.journal.delivered
@@ -124,12 +125,18 @@ class Run:
                     slaves = 0 if alone else usable
                     plan.history = history.begin(self._facts(slaves, run=master.run, mpi=mpi_name(), hosts=channel.hosts))
                     opened.enter_context(self._journal(plan))
+                    if plan.shared is not None and slaves:
+                        plan.sharing = sharing.Sharing(channel.hosts)
                     master.begin(plan, slaves)
                     self._watch(channel, master)
                     master.drain_by(self._make_drain(plan), self._asked)
                     machine.busy = master.busy_slaves
                     dispatcher.on_startup()
                     dispatcher.reset()
+                    if plan.sharing is None:
+                        self._share_alone(plan)
+                    else:
+                        self._share(plan, master, opened.enter_context(sharing.Holder()))
                     master.run_jobs()
                 finally:
                     machine.busy = None
@@ -174,6 +181,7 @@ class Run:
     def _go_as_slave(self, channel: Channel, slave: Any) -> None:
         dispatcher = self._dispatcher
         slave.asked = self._asked
+        opened = contextlib.ExitStack()
         try:
             try:
                 plan = self._make_plan()
@@ -181,6 +189,8 @@ class Run:
                 slave.beat = channel.beat_every(plan.heartbeat_s)
                 with channel.limited(dispatcher.job_timeout_s):
                     dispatcher.on_startup()
+                if plan.shared is not None:
+                    self._set_shared(opened.enter_context(sharing.Holder()).fetch(slave, plan.facts()))
                 slave.ready(plan.facts())
                 if dispatcher.debug > 1:
                     self._log("run %d: slave %d is ready", slave.run, slave.rank)
@@ -196,6 +206,7 @@ class Run:
                 slave.leave()
             finally:
                 slave.close()
+                opened.close()
                 self._claim.release()
                 if not slave.parted and channel.connection is not None:
                     channel.connection.close()  # the process may live on, and the master is not to wait for its goodbye
@@ -209,6 +220,22 @@ class Run:
         finally:
             with channel.limited(dispatcher.job_timeout_s):
                 dispatcher.on_shutdown()
+
+    # ---- shared data -------------------------------------------------------------------------------------------------
+
+    def _set_shared(self, value: Any) -> None:
+        vars(self._dispatcher)["shared"] = value
+
+    def _share_alone(self, plan: Plan) -> None:
+        if plan.shared is not None:
+            self._set_shared(plan.shared())
+
+    def _share(self, plan: Plan, master: Any, holder: sharing.Holder) -> None:
+        """Have the slaves get what `shared` returns. The master has the same copy as those of its host."""
+        assert plan.shared is not None
+        memory, size = holder.pack(plan.shared(), plan.payload_limit)
+        self._set_shared(memory.value())
+        master.share(memory.data, size, memory.address)
 
     # ---- what a run is made with -------------------------------------------------------------------------------------
 

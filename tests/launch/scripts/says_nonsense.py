@@ -54,6 +54,8 @@ def nonsense(job, facts):
         "report of another kind": message(packed([1]), kind=READY),
         "report twice": message(packed(facts), kind=READY),
         "unreadable error": message(b"?" * 20, kind=KINDS["ERROR"]),
+        "unreadable word on shared data": message(b"?" * 20, kind=KINDS["SHARED"]),
+        "shared data that nobody has": message(packed({"refuses": True}), kind=KINDS["SHARED"]),
         "goodbye": message(kind=KINDS["BYE"]),
         "body over the limit": message(kind=RESULTS, count=1, body_bytes=1 << 40, body_tag=TAG_BODY),
         "body with a wrong tag": message(kind=RESULTS, count=1, body_bytes=1 << 20, body_tag=3),
