@@ -3,6 +3,7 @@
 from jd_hpc.dispatcher import JobDispatcher
 from jd_hpc.errors import (
     FamilyError,
+    GroupError,
     HistoryError,
     IsolationError,
     JdError,
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FamilyError",
+    "GroupError",
     "HistoryError",
     "IsolationError",
     "JdError",

@@ -26,6 +26,7 @@ cdef class Master(Deliverer):
         self.dead, self.missing = dead, missing
         self.histories = {}
         self.shares = []
+        self.fellows, self.doubtful = {}, set()
         self.again = deque()
         self.broken_off = []
         self.early_in = early[:]
@@ -55,7 +56,7 @@ cdef class Master(Deliverer):
             self.stopping = True
             return
         self.plan = plan
-        self.sharing = plan.sharing
+        self.sharing, self.fellows = plan.sharing, plan.fellows
         self.journal = plan.journal
         if self.journal is not None:
             self.replays, self.holes_most = self.journal.replays, self.journal.holes_most
@@ -222,6 +223,8 @@ cdef class Master(Deliverer):
             if not self.stopping:
                 self.distrust(source, "it left the run before the end")
             self.said_bye[source] = True
+        elif header.kind == KIND_BROKEN:
+            self.lose_group(source, self.opened(buffer, offset, end, Failure, source))
         elif self.stopping or self.distrusted[source]:
             return 0  # whatever a slave still says
         elif header.kind == KIND_RESULTS or header.kind == KIND_FAILURES:
@@ -230,7 +233,7 @@ cdef class Master(Deliverer):
             if source <= self.slave_count:
                 self.greet(source, self.opened(buffer, offset, end, dict, source))
         elif header.kind == KIND_SHARED:
-            if source <= self.slave_count:
+            if source <= self.slave_count or source in self.fellows:
                 self.hear_of(source, self.opened(buffer, offset, end, dict, source))
         elif header.kind == KIND_DRAIN:
             if not is_request(header.count, header.attempt):
@@ -238,8 +241,10 @@ cdef class Master(Deliverer):
             if self.drain is not None:
                 pass_on(self.drain, coarse_ns() * 1e-9, header.count, header.attempt, source)
         elif header.kind == KIND_INTERRUPT:
+            self.doubtful.update(self.fellows.get(source, ()))
             self.fail(KeyboardInterrupt(f"slave {source} was interrupted"))
         elif header.kind == KIND_ERROR:
+            self.doubtful.update(self.fellows.get(source, ()))
             self.fail(SlaveError(source, self.opened(buffer, offset, end, Failure, source)))
         else:
             raise ProtocolError(f"rank {source} sent a message of kind {header.kind}")
@@ -271,6 +276,19 @@ cdef class Master(Deliverer):
         if self.plan.on_slave_started is not None:
             self.plan.on_slave_started(slave)
         return 0
+
+    cdef int lose_group(self, int source, object failure) except -1:
+        """A rank of a group has failed, and others have not come out of the job since: it is the job's failure, and the group's end."""
+        cdef int leader, slot
+        if source not in self.fellows:
+            raise ProtocolError(f"rank {source} speaks for a group, and is in none")
+        leader = self.fellows[source][0]
+        slot = self.scheduler.running(leader)
+        if slot >= 0 and not self.stopping and self.scheduler.state_of_batch(slot) == BATCH_SENT:
+            if self.judge(leader, slot, self.scheduler.first(slot), 1, self.scheduler.attempt(slot)) == VERDICT_DELIVER:
+                self.parcels.append((slot, leader, None, {0: failure}))
+                self.attention = True
+        return self.miss(leader, f"its group is stuck: {failure.type_name} on one rank, and others wait for it")
 
     cdef int work_locally(self) except -1:
         """Too few slaves are left: the master runs one batch itself."""
@@ -360,7 +378,8 @@ cdef class Master(Deliverer):
                 self.evaluator.close()
             self.failed = bool(self.failed or self.dead or self.missing)
             if self.failed:
-                aside.extend((buffers, self.slot_buffers, self.slab, self.shares, self.shared_data))  # what was sent to them may still be read
+                # what was sent to them may still be read
+                aside.extend((buffers, self.slot_buffers, self.slab, self.shares, self.shared_data))
         except BaseException:
             # The user will not wait: MPI may still write to and read from all of these, and ranks wait for a word.
             self.failed = True

@@ -150,6 +150,10 @@ cdef class Slave(Link):
         self.is_answered = True
         return 0
 
+    def tell_broken(self, failure):
+        """Tell the master that the group of this rank cannot go on, and what became of its job."""
+        self.say(KIND_BROKEN, failure)
+
     def serve(self):
         """Run jobs until the master says stop."""
         try:

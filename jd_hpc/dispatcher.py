@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from operator import index
 from typing import Any
 
@@ -247,6 +248,11 @@ class JobDispatcher:
 
     def on_shutdown(self) -> None:
         """Every rank, at the end of every run, also when it failed."""
+
+    @cached_property
+    def comm(self) -> Any:
+        """The communicator of the ranks that run a job together, in `process_job` (see MPIMachine): of one rank by default."""
+        return self.machine.group_comm
 
     # ---- the run -----------------------------------------------------------------------------------------------------
 

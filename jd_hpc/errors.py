@@ -32,6 +32,10 @@ class ThreadLevelError(JdError, RuntimeError):
     """run() from a thread that must not call MPI."""
 
 
+class GroupError(JdError, ValueError):
+    """Slaves of several ranks (`ranks_per_slave`) that cannot be made, or cannot do what the dispatcher asks."""
+
+
 class FamilyError(JdError, ImportError):
     """No compiled core for the MPI that mpi4py runs on."""
 

@@ -13,6 +13,7 @@ from jd_hpc.wire import PROTOCOL
 
 if TYPE_CHECKING:
     from jd_hpc.dispatcher import JobDispatcher
+    from jd_hpc.groups import Team
     from jd_hpc.history import History
     from jd_hpc.journal import Journal
     from jd_hpc.sharing import Sharing
@@ -76,6 +77,8 @@ class Plan:
         self.process_results = own("process_results")
         self.shared = own("shared")
         self.sharing: Sharing | None = None  # on the master, if shared() is overridden
+        self.team: Team | None = None  # of this rank, if a slave is a group of ranks
+        self.fellows: dict[int, list[int]] = {}  # on the master: rank → the ranks of its group
         self.on_slave_started = own("on_slave_started")
         self.on_slave_idle = own("on_slave_idle")
         self.on_slave_failed = own("on_slave_failed")
@@ -106,6 +109,10 @@ class Plan:
         With `isolate` it calls `on_wait` now and then while it waits; what that raises ends the batch.
         """
         inner = Evaluator(self.process_job, self.process_jobs, self.job_rows, self.result_rows, self.allow_nan, self.kernel)
+        if self.team is not None:
+            from jd_hpc.groups import TeamEvaluator
+
+            return TeamEvaluator(inner, self.team)
         if not self.isolate:
             return inner
         from jd_hpc.isolate import IsolatedEvaluator

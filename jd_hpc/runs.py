@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from jd_hpc import allocation, chaos, ending, local, sharing, supervisor
+from jd_hpc import allocation, chaos, ending, groups, local, sharing, supervisor
 from jd_hpc.claims import Claim
 from jd_hpc.errors import MasterLostError, Unfinished
 from jd_hpc.history import History
@@ -87,7 +87,7 @@ class Run:
                         return self._go_as_master(machine, channel, master, history)
                 slave = core.Slave(channel.handle, channel.next_run(), channel.body_turn)
                 with Interrupts(slave):
-                    return self._go_as_slave(channel, slave)
+                    return self._go_as_slave(machine, channel, slave, core)
 
     # ---- alone -------------------------------------------------------------------------------------------------------
 
@@ -115,13 +115,16 @@ class Run:
 
     def _go_as_master(self, machine: MPIMachine, channel: Channel, master: Any, history: History) -> Any:
         dispatcher = self._dispatcher
-        usable = machine.size - 1 if dispatcher.max_slaves is None else min(dispatcher.max_slaves, machine.size - 1)
+        usable = machine.slaves if dispatcher.max_slaves is None else min(dispatcher.max_slaves, machine.slaves)
         alone = usable < max(1, dispatcher.min_slaves)
         self._log("run %d: %d slaves%s", master.run, usable, ", too few: the master evaluates the jobs" if alone else "")
         try:
             with contextlib.ExitStack() as opened:
                 try:
                     plan = self._make_plan()
+                    if machine.grouping is not None:
+                        groups.check(plan)
+                        plan.fellows = machine.grouping.fellows(usable)
                     slaves = 0 if alone else usable
                     plan.history = history.begin(self._facts(slaves, run=master.run, mpi=mpi_name(), hosts=channel.hosts))
                     opened.enter_context(self._journal(plan))
@@ -178,22 +181,35 @@ class Run:
 
     # ---- a slave -----------------------------------------------------------------------------------------------------
 
-    def _go_as_slave(self, channel: Channel, slave: Any) -> None:
+    def _team(self, plan: Plan, machine: MPIMachine, slave: Any, stopped: type[BaseException]) -> groups.Team | None:
+        """Return this rank's part of its group, where slaves are groups."""
+        if machine.grouping is None:
+            return None
+        groups.check(plan)
+        if machine.grouping.place is None:  # idle
+            return None
+        return groups.Team(machine.grouping, slave, stopped, self._dispatcher.liveness_timeout_s)
+
+    def _go_as_slave(self, machine: MPIMachine, channel: Channel, slave: Any, core: Any) -> None:
         dispatcher = self._dispatcher
         slave.asked = self._asked
         opened = contextlib.ExitStack()
         try:
             try:
                 plan = self._make_plan()
+                plan.team = self._team(plan, machine, slave, core.StoppedAtWork)
                 slave.begin(plan)
                 slave.beat = channel.beat_every(plan.heartbeat_s)
                 with channel.limited(dispatcher.job_timeout_s):
                     dispatcher.on_startup()
                 if plan.shared is not None:
                     self._set_shared(opened.enter_context(sharing.Holder()).fetch(slave, plan.facts()))
-                slave.ready(plan.facts())
-                if dispatcher.debug > 1:
-                    self._log("run %d: slave %d is ready", slave.run, slave.rank)
+                with contextlib.suppress(core.StoppedAtWork):
+                    if plan.team is not None:
+                        plan.team.begin(plan.process_job)
+                    slave.ready(plan.facts())
+                    if dispatcher.debug > 1:
+                        self._log("run %d: slave %d is ready", slave.run, slave.rank)
                 slave.serve()
             except MasterLostError as error:
                 ending.failed(str(error))

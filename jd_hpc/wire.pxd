@@ -29,6 +29,7 @@ cdef enum:
     KIND_FAILURES = 8
     KIND_DRAIN = 9
     KIND_SHARED = 12
+    KIND_BROKEN = 13
 
 cdef struct Header:
     uint16_t magic          # MAGIC: anything else is not ours

@@ -32,7 +32,7 @@ UNIT_BYTES: Final = 1 << 20
 
 KINDS: Final = {
     "READY": 1, "JOBS": 2, "RESULTS": 3, "STOP": 4, "BYE": 5, "INTERRUPT": 6, "ERROR": 7, "FAILURES": 8, "DRAIN": 9,
-    "SHARED": 12,
+    "SHARED": 12, "BROKEN": 13,
 }  # fmt: skip
 
 FAILURE_LENGTH_BYTES: Final = 8

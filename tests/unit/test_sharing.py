@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import random
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -76,8 +76,12 @@ def test_arrays_are_read_only_views(memory):
         value["a"].flags.writeable = True
 
 
+def descriptors():
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def test_a_holder_lets_go():
-    before = len(os.listdir("/proc/self/fd"))
+    before = descriptors()
     with Holder() as holder:
         memory, size = holder.pack(np.zeros(SIZE), 1 << 30)
         assert size > 8 * SIZE
@@ -85,7 +89,7 @@ def test_a_holder_lets_go():
         with pytest.raises(PayloadError, match=f"over payload_limit = {8 * SIZE}"):
             holder.pack(np.zeros(SIZE), 8 * SIZE)
     del memory
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert descriptors() == before
 
 
 def test_put_back():
