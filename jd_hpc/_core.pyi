@@ -6,8 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import disjoint_base
 
+from jd_hpc.errors import Failure
 from jd_hpc.plan import Plan
 from jd_hpc.scheduler import Scheduler
+from jd_hpc.sharing import Address
 from jd_hpc.signals import Asked
 from jd_hpc.survival import Watch
 from jd_hpc.walltime import Drain
@@ -34,14 +36,26 @@ class Slave(Link):
     def __new__(cls, handle: int, run: int, body_turn: NDArray[np.uint32]) -> Self: ...
     def begin(self, plan: Plan | None = None) -> None: ...
     def ready(self, facts: dict[str, str]) -> None: ...
+    def ask_for_shared(
+        self, told: dict[str, Any], make_memory: Callable[[int], NDArray[np.uint8]]
+    ) -> tuple[bool, bool, NDArray[np.uint8]] | None: ...
+    def tell_shared(self, told: dict[str, Any]) -> None: ...
+    def tell_broken(self, failure: Failure) -> None: ...
     def serve(self) -> None: ...
     def report(self, error: BaseException) -> None: ...
     def leave(self) -> None: ...
     def look_out(self) -> None: ...
     def close(self) -> None: ...
 
+@final
+class Share: ...
+
 @disjoint_base
-class JobSender(Link):
+class Sharer(Link):
+    def share(self, data: NDArray[np.uint8], size: int, address: Address | None) -> None: ...
+
+@disjoint_base
+class JobSender(Sharer):
     scheduler: Scheduler
 
 @disjoint_base
@@ -84,6 +98,7 @@ class Master(Deliverer):
     def stop(self) -> None: ...
 
 FAILED_CLASSES: set[int]
+ASKS: str
 UNREADABLE: tuple[type[Exception], ...]
 GIVE_UP_AFTER: int
 

@@ -39,6 +39,7 @@ from jd_hpc.errors import (
     Failure, JobError, MasterLostError, MPIError, PayloadError, ProtocolError, RanksDisagreeError, SlaveError, SlavesLostError,
 )
 from jd_hpc.payload import ALIGN_BYTES, block_length, check_finite, framed, pack_into, pick, pickled, unpack
+from jd_hpc.sharing import ASKS
 from jd_hpc.signals import GIVE_UP_AFTER, is_request, pass_on
 
 cnp.import_array()
@@ -340,8 +341,8 @@ cdef class Link:
     # ---- bodies --------------------------------------------------------------------------------------------------
 
     @cython.final
-    cdef int expect_body(self, Header *header, int source, Rows rows) except -1:
-        """Receive a body that was announced, into a buffer of its own."""
+    cdef int expect_body(self, Header *header, int source, Rows rows, make_memory=None) except -1:
+        """Receive a body that was announced, into a buffer of its own, or into memory that `make_memory(bytes)` gives."""
         cdef Buffer buffer
         cdef int64_t wanted = padded_bytes(header.body_bytes)
         cdef int i = self.body_count
@@ -352,7 +353,7 @@ cdef class Link:
             raise ProtocolError(f"rank {source} announces a body while {i} are on their way: more than all the credit given out")
         if not TAG_BODY <= header.body_tag < TAG_BODY + TAG_BODY_COUNT:
             raise ProtocolError(f"rank {source} announces a body with tag {header.body_tag}")
-        buffer = Buffer(wanted, rows, 0)
+        buffer = Buffer(wanted, rows, 0, False, None if make_memory is None else make_memory(wanted))
         self.body_buffers[i] = buffer
         self.bodies[i].header = header[0]
         self.bodies[i].source = source
@@ -401,6 +402,11 @@ cdef class Link:
     @cython.final
     cdef int send(self, Outgoing *out, int dest) except -1 nogil:
         """Send what lies at `out.data`: a header (magic, run and tag are filled in here) and its payload."""
+        return self.send_with(out, dest, out.data + HEADER_BYTES)
+
+    @cython.final
+    cdef int send_with(self, Outgoing *out, int dest, char *body) except -1 nogil:
+        """The same, where a payload that does not fit into the message lies elsewhere."""
         cdef Header *header = <Header *> out.data
         header.magic = MAGIC
         header.run = self.run_mark
@@ -414,7 +420,7 @@ cdef class Link:
         self.body_turn[dest] += 1
         if self.tolerate(MPI_Isend(out.data, HEADER_BYTES, MPI_BYTE, dest, TAG_MESSAGE, self.comm, &out.head), dest):
             out.head = MPI_REQUEST_NULL
-        elif self.tolerate(self.transfer(out.data + HEADER_BYTES, header.body_bytes, dest, header.body_tag, &out.body, True), dest):
+        elif self.tolerate(self.transfer(body, header.body_bytes, dest, header.body_tag, &out.body, True), dest):
             out.body = MPI_REQUEST_NULL
         return 0
 
@@ -565,11 +571,13 @@ def layout():
         "UNIT_BYTES": UNIT_BYTES, "UNIT_FROM_BYTES": UNIT_FROM_BYTES, "sizeof": sizeof(Header),
         "FAILURE_LENGTH_BYTES": FAILURE_LENGTH_BYTES, "MOST_ATTEMPTS": MOST_ATTEMPTS,
         "KINDS": {"READY": KIND_READY, "JOBS": KIND_JOBS, "RESULTS": KIND_RESULTS, "STOP": KIND_STOP, "BYE": KIND_BYE,
-                  "INTERRUPT": KIND_INTERRUPT, "ERROR": KIND_ERROR, "FAILURES": KIND_FAILURES, "DRAIN": KIND_DRAIN},
+                  "INTERRUPT": KIND_INTERRUPT, "ERROR": KIND_ERROR, "FAILURES": KIND_FAILURES, "DRAIN": KIND_DRAIN,
+                  "SHARED": KIND_SHARED, "BROKEN": KIND_BROKEN},
     }
 
 
 include "_slave.pxi"
+include "_sharing.pxi"
 include "_jobs.pxi"
 include "_survive.pxi"
 include "_drain.pxi"

@@ -26,6 +26,8 @@ cdef class Master(Deliverer):
     def __cinit__(self, uintptr_t handle, int64_t run, uint32_t[::1] body_turn, list early, set dead, set missing):
         self.dead, self.missing = dead, missing
         self.histories = {}
+        self.shares = []
+        self.fellows, self.doubtful = {}, set()
         self.again = deque()
         self.broken_off = []
         self.early_in = early[:]
@@ -57,6 +59,7 @@ cdef class Master(Deliverer):
         self.plan = plan
         self.ordering = plan.order
         self.window_end = (<int64_t> 1 << 62) if self.ordering is None else self.ordering.window_end
+        self.sharing, self.fellows = plan.sharing, plan.fellows
         self.journal = plan.journal
         if self.journal is not None:
             self.replays, self.holes_most = self.journal.replays, self.journal.holes_most
@@ -235,6 +238,8 @@ cdef class Master(Deliverer):
             if not self.stopping:
                 self.distrust(source, "it left the run before the end")
             self.said_bye[source] = True
+        elif header.kind == KIND_BROKEN:
+            self.lose_group(source, self.opened(buffer, offset, end, Failure, source))
         elif self.stopping or self.distrusted[source]:
             return 0  # whatever a slave still says
         elif header.kind == KIND_RESULTS or header.kind == KIND_FAILURES:
@@ -242,25 +247,43 @@ cdef class Master(Deliverer):
         elif header.kind == KIND_READY:
             if source <= self.slave_count:
                 self.greet(source, self.opened(buffer, offset, end, dict, source))
+        elif header.kind == KIND_SHARED:
+            if source <= self.slave_count or source in self.fellows:
+                self.hear_of(source, self.opened(buffer, offset, end, dict, source))
         elif header.kind == KIND_DRAIN:
             if not is_request(header.count, header.attempt):
                 raise ProtocolError(f"rank {source} asks to drain at level {header.count} because of signal {header.attempt}")
             if self.drain is not None:
                 pass_on(self.drain, coarse_ns() * 1e-9, header.count, header.attempt, source)
         elif header.kind == KIND_INTERRUPT:
+            self.doubtful.update(self.fellows.get(source, ()))
             self.fail(KeyboardInterrupt(f"slave {source} was interrupted"))
         elif header.kind == KIND_ERROR:
+            self.doubtful.update(self.fellows.get(source, ()))
             self.fail(SlaveError(source, self.opened(buffer, offset, end, Failure, source)))
         else:
             raise ProtocolError(f"rank {source} sent a message of kind {header.kind}")
         return 0
 
-    cdef int greet(self, int slave, dict facts) except -1:
-        """A slave reports for work."""
+    cdef bint agrees(self, int slave, dict facts) except -1:
+        """Whether a slave runs the same; if not, that is the end of the run."""
         wrong = self.plan.differences(facts)
         if wrong:
-            return self.fail(RanksDisagreeError(f"slave {slave} and the master disagree: {wrong}; start all ranks with the same "
-                                                "script, options and environment"))
+            self.fail(RanksDisagreeError(f"slave {slave} and the master disagree: {wrong}; start all ranks with the same "
+                                         "script, options and environment"))
+        return not wrong
+
+    cdef int hear_of(self, int slave, dict told) except -1:
+        """A slave speaks of the shared data. Whether it runs the same as the master shows first."""
+        facts = told.get(ASKS, {})
+        if facts and not self.agrees(slave, facts):
+            return 0
+        return self.hear_of_shared(slave, told)
+
+    cdef int greet(self, int slave, dict facts) except -1:
+        """A slave reports for work."""
+        if not self.agrees(slave, facts):
+            return 0
         if self.scheduler.on_ready(slave) < 0:
             raise ProtocolError(f"slave {slave} reports for work twice")
         self.missing.discard(slave)
@@ -268,6 +291,19 @@ cdef class Master(Deliverer):
         if self.plan.on_slave_started is not None:
             self.plan.on_slave_started(slave)
         return 0
+
+    cdef int lose_group(self, int source, object failure) except -1:
+        """A rank of a group has failed, and others have not come out of the job since: that is the end of job and group."""
+        cdef int leader, slot
+        if source not in self.fellows:
+            raise ProtocolError(f"rank {source} speaks for a group, and is in none")
+        leader = self.fellows[source][0]
+        slot = self.scheduler.running(leader)
+        if slot >= 0 and not self.stopping and self.scheduler.state_of_batch(slot) == BATCH_SENT:
+            if self.judge(leader, slot, self.scheduler.first(slot), 1, self.scheduler.attempt(slot)) == VERDICT_DELIVER:
+                self.parcels.append((slot, leader, None, {0: failure}))
+                self.attention = True
+        return self.miss(leader, f"its group is stuck: {failure.type_name} on one rank, and others wait for it")
 
     cdef int work_locally(self) except -1:
         """Too few slaves are left: the master runs one batch itself."""
@@ -357,11 +393,12 @@ cdef class Master(Deliverer):
                 self.evaluator.close()
             self.failed = bool(self.failed or self.dead or self.missing)
             if self.failed:
-                aside.extend((buffers, self.slot_buffers, self.slab))  # what was sent to them may still be read
+                # what was sent to them may still be read
+                aside.extend((buffers, self.slot_buffers, self.slab, self.shares, self.shared_data))
         except BaseException:
             # The user will not wait: MPI may still write to and read from all of these, and ranks wait for a word.
             self.failed = True
-            aside.extend((buffers, self.messages, self.body_buffers, self.slot_buffers, self.slab))
+            aside.extend((buffers, self.messages, self.body_buffers, self.slot_buffers, self.slab, self.shares, self.shared_data))
             raise
         finally:
             self.parting = False
@@ -374,7 +411,10 @@ cdef class Master(Deliverer):
         for rank in range(1, self.size):
             if not self.gone[rank] and not (self.said_bye[rank] and self.is_sent(&stops[rank])):
                 return False
-        return self.body_count == 0 and self.all_sent()
+        if self.body_count > 0 or not self.all_sent():
+            return False
+        with gil:
+            return self.all_shared(self.gone)
 
     cdef bint all_sent(self) except -1 nogil:
         """Whether no slot is being sent any more to anybody who is there."""

@@ -38,6 +38,9 @@ cdef class Slave(Link):
     cdef readonly bint drained          # the master says that not all jobs have ended
     cdef public object asked            # signals.Asked, or None: what is to be passed on to the master
     cdef int told_level                 # what was passed on of it
+    cdef object make_memory             # gives memory for the shared data
+    cdef object shared_in               # the master's answer about it
+    cdef bint is_answered
     cdef public object beat             # what sends our signs of life; it ends when the master is gone
     cdef int64_t batches                # run so far
     cdef int64_t looked_batches         # how many they were when the clock was last read
@@ -106,6 +109,51 @@ cdef class Slave(Link):
         """Report for work."""
         self.say(KIND_READY, facts)
 
+    # ---- shared data: before the first job -----------------------------------------------------------------------
+
+    def ask_for_shared(self, told, make_memory):
+        """Tell the master this, and wait for its answer: (is an address, this rank is to keep the data, bytes). None: it says stop.
+
+        What is long is received into the memory that `make_memory(bytes)` returns.
+        """
+        self.make_memory, self.shared_in, self.is_answered = make_memory, None, False
+        self.say(KIND_SHARED, told)
+        with nogil:
+            while not self.stopped and not self.is_answered:
+                self.rest(self.take_in() or (self.body_count > 0 and self.take_shared_body()))
+        self.make_memory = None
+        return self.shared_in
+
+    def tell_shared(self, told):
+        """Tell the master this."""
+        self.say(KIND_SHARED, told)
+
+    cdef int take_shared(self, int i) except -1:
+        cdef Header *header = <Header *> self.message_data[i]
+        cdef Buffer buffer = self.messages[i]
+        if header.body_bytes > INLINE_BYTES:
+            return self.expect_body(header, 0, None, self.make_memory)
+        return self.accept_shared(header, buffer.memory[HEADER_BYTES:HEADER_BYTES + header.body_bytes].copy())
+
+    cdef bint take_shared_body(self) except -1 nogil:
+        cdef int i = self.finished_body()
+        cdef Header header
+        if i < 0:
+            return False
+        with gil:
+            header = self.bodies[i].header
+            self.accept_shared(&header, self.take_body(i).memory)
+        return True
+
+    cdef int accept_shared(self, Header *header, cnp.ndarray data) except -1:
+        self.shared_in = (header.count != 0, header.slot != 0, data)
+        self.is_answered = True
+        return 0
+
+    def tell_broken(self, failure):
+        """Tell the master that the group of this rank cannot go on, and what became of its job."""
+        self.say(KIND_BROKEN, failure)
+
     def serve(self):
         """Run jobs until the master says stop."""
         try:
@@ -172,6 +220,10 @@ cdef class Slave(Link):
             self.stopped = True
             self.failed = header.attempt != 0
             self.drained = header.count != 0
+        elif header.kind == KIND_SHARED:
+            with gil:
+                self.take_shared(i)
+            self.repost(i)
         elif header.kind == KIND_JOBS and header.body_bytes > INLINE_BYTES:
             with gil:
                 self.expect_body(header, 0, self.job_rows)

@@ -6,6 +6,8 @@ cdef class Survivor(JobSender):
     cdef object acknowledge             # asks MPI which ranks it knows to have failed
     cdef readonly set dead              # ranks whose process is gone: the channel's set, for the runs to come
     cdef readonly set missing           # ranks that did not leave the run: likewise, but they may come back
+    cdef dict fellows                   # of slaves that are groups: rank → the ranks of its group, the leader first
+    cdef set doubtful                   # ranks of a group of which one is suspected, or in an error: they may not come out of it
     cdef object again                   # (index, job, strikes, history) of jobs that go out one by one
     cdef int again_count
     cdef bint mpi_failed                # an MPI call told of a rank that failed
@@ -73,6 +75,7 @@ cdef class Survivor(JobSender):
                 elif self.scheduler.on_ready(slave) == 0:
                     self.note("back", slave=slave, how=how)
                     logger.warning("slave %d is taken on again: %s", slave, how)
+            self.look_for_keepers(self.dead, self.missing)
             if self.stopping:
                 self.look_for_stragglers(now)
             else:
@@ -130,14 +133,24 @@ cdef class Survivor(JobSender):
             return 0
         self.dead.add(slave)
         self.forget(slave)
-        return self.take_back(slave, how, True)
+        self.take_back(slave, how, True)
+        return self.miss_fellows(slave, how)
 
     cdef int miss(self, int slave, str how) except -1:
         """A slave is not there, but may come back: nobody waits for it long at the end."""
         if slave in self.dead or self.said_bye[slave]:
             return 0
         self.missing.add(slave)
-        return self.take_back(slave, how, True)
+        self.take_back(slave, how, True)
+        return self.miss_fellows(slave, how)
+
+    cdef int miss_fellows(self, int slave, str how) except -1:
+        """The group of this rank cannot go on without it: its others may wait for it in MPI, for ever."""
+        cdef list ranks = self.fellows.get(slave, [])
+        self.missing.update(rank for rank in ranks if rank != slave and rank not in self.dead and not self.said_bye[rank])
+        if ranks and ranks[0] != slave:
+            self.take_back(ranks[0], f"rank {slave} of its group is lost: {how}", True)
+        return 0
 
     cdef int distrust(self, int slave, str why) except -1:
         """A rank sent what no slave sends: whatever it says in this run is worth nothing.
@@ -173,7 +186,7 @@ cdef class Survivor(JobSender):
         cdef bint is_late = self.stop_by_ns and now > self.stop_by_ns
         cdef list stragglers = [rank for rank in range(1, self.size) if not (self.said_bye[rank] or self.gone[rank])]
         for rank in stragglers:
-            if is_late or rank in self.missing:
+            if is_late or rank in self.missing or rank in self.doubtful:
                 continue
             if rank > self.scheduler.slave_count or self.scheduler.state_of_slave(rank) < SLAVE_LOST:
                 self.stragglers_since_ns = 0
@@ -190,6 +203,7 @@ cdef class Survivor(JobSender):
 
     cdef int suspect(self, int slave, str how) except -1:
         if self.scheduler.state_of_slave(slave) == SLAVE_UP:
+            self.doubtful.update(self.fellows.get(slave, ()))
             self.take_back(slave, how, False)
         return 0
 

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from operator import index
 from typing import Any
 
@@ -19,6 +20,7 @@ from jd_hpc.journal import path_of as journal_path_of
 from jd_hpc.machine import LEAST_HEARTBEAT_S, LocalMachine, MPIMachine, as_machine
 from jd_hpc.plan import Hook, Plan
 from jd_hpc.runs import Run
+from jd_hpc.signals import Drains
 from jd_hpc.streams import SEED_MOST, stream
 from jd_hpc.wire import MOST_ATTEMPTS
 
@@ -240,6 +242,14 @@ class JobDispatcher:
         """
         raise NotImplementedError
 
+    def shared(self) -> Any:
+        """Master, after `reset`, where overridden: return what every slave is to have before its first job.
+
+        While the run is on, `self.shared` is no longer this method but what it returned: on every slave, and on the master. It can
+        be anything that can be pickled. Arrays in it are read-only, and large ones lie in memory once per host (docs/shared.md).
+        """
+        raise NotImplementedError
+
     def job_key(self, job: Any) -> Any:
         """Master, with a journal and jobs that are objects: return what identifies a job, the job itself by default.
 
@@ -284,6 +294,11 @@ class JobDispatcher:
         """
         return stream(self.seed, _number("index", index, 0, INDEX_MOST))
 
+    @cached_property
+    def comm(self) -> Any:
+        """The communicator of the ranks that run a job together, in `process_job` (see MPIMachine): of one rank by default."""
+        return self.machine.group_comm
+
     # ---- the run -----------------------------------------------------------------------------------------------------
 
     def run(self, journal: str | os.PathLike[str] | None = None) -> Any:
@@ -311,13 +326,16 @@ class JobDispatcher:
         JournalError
             On the master, one of its kinds: if another run writes this journal, if it belongs to other jobs, is damaged, or cannot
             be written.
+        NestedRunError, ThreadLevelError
+            If the vm is in a run of this process already, or MPI does not allow a run in this thread (docs/nested.md).
         JdError
             Others of its kinds for bad jobs, bad results and ranks that disagree; each names its cause and cure.
         Exception
             Whatever a hook of the master raised, after all slaves have left the run.
         """
         self._set_up_logging()
-        return Run(self, self._plan, journal_path_of(journal), self._log).go()
+        path = None if journal is None and Drains.is_inside() else journal_path_of(journal)  # JD_HPC_JOURNAL is the outer run's
+        return Run(self, self._plan, path, self._log).go()
 
     def _plan(self) -> Plan:
         plan = Plan(self, self._overrides)

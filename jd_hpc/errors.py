@@ -24,6 +24,18 @@ class LaunchError(JdError, RuntimeError):
     """The ranks were not started as one MPI run."""
 
 
+class NestedRunError(JdError, RuntimeError):
+    """run() on a communicator that is in a run already, or in a process that was forked from a rank."""
+
+
+class ThreadLevelError(JdError, RuntimeError):
+    """run() from a thread that must not call MPI."""
+
+
+class GroupError(JdError, ValueError):
+    """Slaves of several ranks (`ranks_per_slave`) that cannot be made, or cannot do what the dispatcher asks."""
+
+
 class FamilyError(JdError, ImportError):
     """No compiled core for the MPI that mpi4py runs on."""
 

@@ -8,6 +8,7 @@ import logging
 import os
 import pickle
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,9 @@ import numpy as np
 
 from jd_hpc import ending, slurm, supervisor
 from jd_hpc.beats import Connection, Listener
-from jd_hpc.errors import FamilyError, LaunchError, MasterLostError
+from jd_hpc.claims import Claim
+from jd_hpc.errors import FamilyError, GroupError, LaunchError, MasterLostError
+from jd_hpc.groups import Groups, count_groups
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Comm, Intracomm
@@ -57,6 +60,13 @@ class LocalMachine:
     slots = 1
 
     @property
+    def group_comm(self) -> Intracomm:
+        """COMM_SELF. Only who asks for it imports MPI."""
+        from mpi4py import MPI
+
+        return MPI.COMM_SELF
+
+    @property
     def free_slots(self) -> int:
         """1: whoever can ask is not running a job."""
         return 1
@@ -75,9 +85,15 @@ class MPIMachine:
     comm : mpi4py.MPI.Intracomm
         Every rank of it must make the machine, and call `run()` of the same dispatchers in the same order. Messages of jd_hpc
         travel on a duplicate; the user's own on `comm` are never touched.
+    ranks_per_slave : int
+        So many ranks make a slave: they run every job together, on a communicator of their own (docs/groups.md).
+    leave_rest_idle : bool
+        Ranks that make no whole group: idle until the run ends, or an error.
 
     Raises
     ------
+    GroupError
+        If ranks are left over, and are not to be left idle.
     LaunchError
         If the ranks were launched as one run but MPI does not see them as one, or `comm` is no intracommunicator.
     FamilyError
@@ -89,11 +105,13 @@ class MPIMachine:
         Of `comm`.
     is_master : bool
         True on rank 0.
+    slaves : int
+        How many there are; they are numbered from 1. With `ranks_per_slave` of 1 the number of a slave is its rank.
     slots : int
         Where jobs can run: the slaves, or 1 (the master itself) if there are none.
     """
 
-    def __init__(self, comm: Intracomm) -> None:
+    def __init__(self, comm: Intracomm, ranks_per_slave: int = 1, *, leave_rest_idle: bool = False) -> None:
         from mpi4py import MPI
 
         if not isinstance(comm, MPI.Comm) or comm == MPI.COMM_NULL or comm.Is_inter():
@@ -103,7 +121,11 @@ class MPIMachine:
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
         self.is_master: bool = self.rank == 0
-        self.slots: int = max(1, self.size - 1)
+        self.ranks_per_slave = ranks_per_slave
+        if not isinstance(ranks_per_slave, int) or ranks_per_slave < 1:
+            raise GroupError(f"ranks_per_slave = {ranks_per_slave!r} is out of range: it is a whole number from 1")
+        self.slaves: int = count_groups(self.size, ranks_per_slave, leave_rest_idle)
+        self.slots: int = max(1, self.slaves)
         self.busy: Callable[[], int] | None = None  # how many slaves run jobs now, while a run is on
 
     @property
@@ -114,11 +136,35 @@ class MPIMachine:
     @property
     def hosts(self) -> dict[str, list[int]]:
         """Host name → ranks on it. The first use is collective: every rank must ask, or have run a dispatcher."""
-        return self.channel().hosts
+        return self.channel().hosts if self.grouping is None else self.grouping.hosts
+
+    @property
+    def grouping(self) -> Groups | None:
+        """The groups, if slaves are groups. Collective when it is first asked for."""
+        return None if self.ranks_per_slave == 1 or self.size == 1 else Groups.of(self.comm, self.ranks_per_slave)
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """The ranks of each slave, slave 1 first. The first use is collective, as with `hosts`."""
+        return [[rank] for rank in range(1, self.size)] if self.grouping is None else self.grouping.groups
+
+    @property
+    def group_comm(self) -> Intracomm:
+        """The communicator of this rank's group; COMM_SELF where it is in none."""
+        from mpi4py import MPI
+
+        grouping = self.grouping
+        return MPI.COMM_SELF if grouping is None or grouping.comm is None else grouping.comm
+
+    def claim(self) -> Claim:
+        """Begin a run on these ranks: no other one of this process may until the claim is released."""
+        from mpi4py import MPI
+
+        return Claim(MPI, MPI._handleof(self.comm))
 
     def channel(self) -> Channel:
         """Return our own duplicate of the communicator, made when it is first asked for (collective)."""
-        return Channel.of(self.comm)
+        return Channel.of(self.comm if self.grouping is None else self.grouping.engine)
 
 
 class Channel:
@@ -142,6 +188,7 @@ class Channel:
     """
 
     _keyval: int | None = None
+    _keyval_lock = threading.Lock()
 
     def __init__(self, comm: Intracomm) -> None:
         from mpi4py import MPI
@@ -296,8 +343,9 @@ class Channel:
         """Return the channel of `comm`; the first call on a communicator is collective."""
         from mpi4py import MPI
 
-        if cls._keyval is None:
-            cls._keyval = MPI.Comm.Create_keyval(delete_fn=cls._delete, nopython=False)
+        with cls._keyval_lock:
+            if cls._keyval is None:
+                cls._keyval = MPI.Comm.Create_keyval(delete_fn=cls._delete, nopython=False)
         channel = comm.Get_attr(cls._keyval)
         if channel is None:
             channel = cls(comm)

@@ -14,8 +14,10 @@ from jd_hpc.wire import PROTOCOL
 
 if TYPE_CHECKING:
     from jd_hpc.dispatcher import JobDispatcher
+    from jd_hpc.groups import Team
     from jd_hpc.history import History
     from jd_hpc.journal import Journal
+    from jd_hpc.sharing import Sharing
 
 Hook = Callable[..., Any]
 
@@ -77,6 +79,10 @@ class Plan:
         self.next_jobs = own("next_jobs")
         self.process_jobs = own("process_jobs")
         self.process_results = own("process_results")
+        self.shared = own("shared")
+        self.sharing: Sharing | None = None  # on the master, if shared() is overridden
+        self.team: Team | None = None  # of this rank, if a slave is a group of ranks
+        self.fellows: dict[int, list[int]] = {}  # on the master: rank → the ranks of its group
         self.on_slave_started = own("on_slave_started")
         self.on_slave_idle = own("on_slave_idle")
         self.on_slave_failed = own("on_slave_failed")
@@ -137,6 +143,10 @@ class Plan:
             self.owner.rng if self.gives_rng else None,
             self.owner,
         )
+        if self.team is not None:
+            from jd_hpc.groups import TeamEvaluator
+
+            return TeamEvaluator(inner, self.team)
         if not self.isolate:
             return inner
         from jd_hpc.isolate import IsolatedEvaluator
@@ -148,6 +158,10 @@ class Plan:
             memory_limit=self.memory_limit,
             on_wait=on_wait,
         )
+
+    def run_one(self, job: Any, index: int) -> Any:
+        """Call `process_job` for job number `index`, without a look at what it returns."""
+        return self.process_job(job, self.owner.rng(index)) if self.gives_rng else self.process_job(job)
 
     def facts(self) -> dict[str, str]:
         """Return what must be the same on all ranks, for a slave's first message."""
@@ -161,6 +175,7 @@ class Plan:
             "isolate": str(self.isolate),
             "rng": str(self.gives_rng),
             "seed": str(self.seed),
+            "shared() overridden": str(self.shared is not None),
         }
 
     def differences(self, theirs: dict[str, str]) -> str:

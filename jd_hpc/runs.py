@@ -4,7 +4,7 @@ The rules it keeps:
 
 - Whatever happens on the master, the slaves leave the run first; then history and journal are closed, and errors go on.
 - A slave that cannot go on tells the master why, and leaves with the others.
-- `on_shutdown` comes last on every rank.
+- `on_shutdown` comes last on every rank. By then, and in `postprocess`, the ranks may begin another run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from jd_hpc import allocation, chaos, ending, local, supervisor
+from jd_hpc import allocation, chaos, ending, groups, local, sharing, supervisor
+from jd_hpc.claims import Claim
 from jd_hpc.errors import MasterLostError, Unfinished
 from jd_hpc.history import History
 from jd_hpc.journal import Journal
@@ -85,27 +86,29 @@ class Run:
         self._journal_path = journal_path
         self._log = log
         self._asked: Asked | None = None
+        self._claim: Claim
         self._drain: Drain | None = None
 
     def go(self) -> Any:
         """Run, and return what `postprocess` returned on the master."""
         machine = self._dispatcher.machine
-        with Drains() as self._asked:
+        with Drains() as self._asked, sharing.put_back(vars(self._dispatcher)):
             if isinstance(machine, LocalMachine) or machine.size == 1:
                 with self._history() as history:
                     return self._go_alone(history)
             core = load_core()
-            channel = machine.channel()
-            chaos.arm_from_environment(machine.rank, machine.size)
-            if machine.is_master:
-                master = core.Master(
-                    channel.handle, channel.next_run(), channel.body_turn, channel.early, channel.dead, channel.missing
-                )
-                with Interrupts(master), self._history() as history:
-                    return self._go_as_master(machine, channel, master, history)
-            slave = core.Slave(channel.handle, channel.next_run(), channel.body_turn)
-            with Interrupts(slave):
-                return self._go_as_slave(channel, slave)
+            with machine.claim() as self._claim:
+                channel = machine.channel()
+                chaos.arm_from_environment(machine.rank, machine.size)
+                if machine.is_master:
+                    master = core.Master(
+                        channel.handle, channel.next_run(), channel.body_turn, channel.early, channel.dead, channel.missing
+                    )
+                    with Interrupts(master), self._history() as history:
+                        return self._go_as_master(machine, channel, master, history)
+                slave = core.Slave(channel.handle, channel.next_run(), channel.body_turn)
+                with Interrupts(slave):
+                    return self._go_as_slave(machine, channel, slave, core)
 
     # ---- alone -------------------------------------------------------------------------------------------------------
 
@@ -117,6 +120,7 @@ class Run:
             with self._journal(plan):
                 dispatcher.on_startup()
                 dispatcher.reset()
+                self._share_alone(plan)
                 drain = None if self._asked is None else self._make_drain(plan)  # inside another run's job: that one's business
                 with contextlib.closing(local.Engine(plan, drain, self._asked)) as engine:
                     self._work(engine)
@@ -133,22 +137,31 @@ class Run:
 
     def _go_as_master(self, machine: MPIMachine, channel: Channel, master: Any, history: History) -> Any:
         dispatcher = self._dispatcher
-        usable = machine.size - 1 if dispatcher.max_slaves is None else min(dispatcher.max_slaves, machine.size - 1)
+        usable = machine.slaves if dispatcher.max_slaves is None else min(dispatcher.max_slaves, machine.slaves)
         alone = usable < max(1, dispatcher.min_slaves)
         self._log("run %d: %d slaves%s", master.run, usable, ", too few: the master evaluates the jobs" if alone else "")
         try:
             with contextlib.ExitStack() as opened:
                 try:
                     plan = self._make_plan()
+                    if machine.grouping is not None:
+                        groups.check(plan)
+                        plan.fellows = machine.grouping.fellows(usable)
                     slaves = 0 if alone else usable
                     plan.tell(history.begin(self._facts(slaves, run=master.run, mpi=mpi_name(), hosts=channel.hosts)))
                     opened.enter_context(self._journal(plan))
+                    if plan.shared is not None and slaves:
+                        plan.sharing = sharing.Sharing(channel.hosts)
                     master.begin(plan, slaves)
                     self._watch(channel, master)
                     master.drain_by(self._make_drain(plan), self._asked)
                     machine.busy = master.busy_slaves
                     dispatcher.on_startup()
                     dispatcher.reset()
+                    if plan.sharing is None:
+                        self._share_alone(plan)
+                    else:
+                        self._share(plan, master, opened.enter_context(sharing.Holder()))
                     self._work(master)
                 finally:
                     machine.busy = None
@@ -160,6 +173,7 @@ class Run:
                         raise
                     finally:
                         history.counters = dispatcher.stats
+                        self._claim.release()
             self._log("run %d: %s", master.run, dispatcher.stats)
             if master.left is not None:
                 raise self._unfinished(plan, *master.left)
@@ -189,19 +203,35 @@ class Run:
 
     # ---- a slave -----------------------------------------------------------------------------------------------------
 
-    def _go_as_slave(self, channel: Channel, slave: Any) -> None:
+    def _team(self, plan: Plan, machine: MPIMachine, slave: Any, stopped: type[BaseException]) -> groups.Team | None:
+        """Return this rank's part of its group, where slaves are groups."""
+        if machine.grouping is None:
+            return None
+        groups.check(plan)
+        if machine.grouping.place is None:  # idle
+            return None
+        return groups.Team(machine.grouping, slave, stopped, self._dispatcher.liveness_timeout_s)
+
+    def _go_as_slave(self, machine: MPIMachine, channel: Channel, slave: Any, core: Any) -> None:
         dispatcher = self._dispatcher
         slave.asked = self._asked
+        opened = contextlib.ExitStack()
         try:
             try:
                 plan = self._make_plan()
+                plan.team = self._team(plan, machine, slave, core.StoppedAtWork)
                 slave.begin(plan)
                 slave.beat = channel.beat_every(plan.heartbeat_s)
                 with channel.limited(dispatcher.job_timeout_s):
                     dispatcher.on_startup()
-                slave.ready(plan.facts())
-                if dispatcher.debug > 1:
-                    self._log("run %d: slave %d is ready", slave.run, slave.rank)
+                if plan.shared is not None:
+                    self._set_shared(opened.enter_context(sharing.Holder()).fetch(slave, plan.facts()))
+                with contextlib.suppress(core.StoppedAtWork):
+                    if plan.team is not None:
+                        plan.team.begin(plan.run_one)
+                    slave.ready(plan.facts())
+                    if dispatcher.debug > 1:
+                        self._log("run %d: slave %d is ready", slave.run, slave.rank)
                 slave.serve()
             except MasterLostError as error:
                 ending.failed(str(error))
@@ -214,6 +244,8 @@ class Run:
                 slave.leave()
             finally:
                 slave.close()
+                opened.close()
+                self._claim.release()
                 if not slave.parted and channel.connection is not None:
                     channel.connection.close()  # the process may live on, and the master is not to wait for its goodbye
                 # A slave that was drained, without a supervisor, waits in MPI_Finalize until the master ends the run by MPI_Abort:
@@ -226,6 +258,22 @@ class Run:
         finally:
             with channel.limited(dispatcher.job_timeout_s):
                 dispatcher.on_shutdown()
+
+    # ---- shared data -------------------------------------------------------------------------------------------------
+
+    def _set_shared(self, value: Any) -> None:
+        vars(self._dispatcher)["shared"] = value
+
+    def _share_alone(self, plan: Plan) -> None:
+        if plan.shared is not None:
+            self._set_shared(plan.shared())
+
+    def _share(self, plan: Plan, master: Any, holder: sharing.Holder) -> None:
+        """Have the slaves get what `shared` returns. The master has the same copy as those of its host."""
+        assert plan.shared is not None
+        memory, size = holder.pack(plan.shared(), plan.payload_limit)
+        self._set_shared(memory.value())
+        master.share(memory.data, size, memory.address)
 
     # ---- what a run is made with -------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from jd_hpc.errors import Unfinished
 from jd_hpc.walltime import TERM_LIMIT_S, Drain
@@ -82,20 +82,29 @@ def remember() -> None:
 
 
 class Drains:
-    """Context of a run: USR2 and TERM are noted. Gives what they ask for; None to a run inside a job of another run.
+    """Context of a run: USR2 and TERM are noted. Gives what they ask for; None to a run inside a hook or a job of another run.
 
     Where Python's own handlers are not in place, or outside the main thread, nothing is changed.
     """
 
-    _depth = 0
+    _here = threading.local()  # depth: how many runs of this thread are inside each other
+    _on: ClassVar[set[Drains]] = set()  # the outer ones, of all threads
+    _answered = False  # one of them has ended because of what was asked
 
     def __init__(self) -> None:
         self._ours: list[signal.Signals] = []
 
+    @classmethod
+    def is_inside(cls) -> bool:
+        """Whether this thread is in a hook or a job of a run."""
+        return getattr(cls._here, "depth", 0) > 0
+
     def __enter__(self) -> Asked | None:
-        Drains._depth += 1
-        if Drains._depth > 1:
+        is_inside = self.is_inside()
+        self._here.depth = getattr(self._here, "depth", 0) + 1
+        if is_inside:
             return None
+        self._on.add(self)
         if threading.current_thread() is threading.main_thread():
             self._ours = [number for number in DRAINS if signal.getsignal(number) is signal.SIG_DFL]
             for number in self._ours:
@@ -103,11 +112,14 @@ class Drains:
         return asked
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        Drains._depth -= 1
+        self._here.depth -= 1
         for number in self._ours:
             if signal.getsignal(number) == asked.note:  # a hook may have put its own there
                 signal.signal(number, signal.SIG_DFL)
-        if isinstance(error, Unfinished):
+        self._on.discard(self)
+        Drains._answered = Drains._answered or isinstance(error, Unfinished)
+        if Drains._answered and not self._on:  # a run of another thread may have to hear it yet
+            Drains._answered = False
             asked.forget()
 
 

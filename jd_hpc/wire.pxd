@@ -6,7 +6,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t
 
 cdef enum:
     MAGIC = 0x4A44
-    PROTOCOL = 1
+    PROTOCOL = 2
     TAG_MESSAGE = 1
     TAG_BODY = 16
     TAG_BODY_COUNT = 1024
@@ -28,6 +28,8 @@ cdef enum:
     KIND_ERROR = 7
     KIND_FAILURES = 8
     KIND_DRAIN = 9
+    KIND_SHARED = 12
+    KIND_BROKEN = 13
 
 cdef struct Header:
     uint16_t magic          # MAGIC: anything else is not ours

@@ -14,7 +14,7 @@ import numpy as np
 
 MAGIC: Final = 0x4A44
 """First word of every header: "JD"."""
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
 """Raised whenever the layout below changes: ranks that differ refuse each other."""
 
 TAG_MESSAGE: Final = 1
@@ -30,7 +30,10 @@ UNIT_FROM_BYTES: Final = 1 << 30
 """From here on a body is counted in units: MPI-3 counts are 32 bit."""
 UNIT_BYTES: Final = 1 << 20
 
-KINDS: Final = {"READY": 1, "JOBS": 2, "RESULTS": 3, "STOP": 4, "BYE": 5, "INTERRUPT": 6, "ERROR": 7, "FAILURES": 8, "DRAIN": 9}
+KINDS: Final = {
+    "READY": 1, "JOBS": 2, "RESULTS": 3, "STOP": 4, "BYE": 5, "INTERRUPT": 6, "ERROR": 7, "FAILURES": 8, "DRAIN": 9,
+    "SHARED": 12, "BROKEN": 13,
+}  # fmt: skip
 
 FAILURE_LENGTH_BYTES: Final = 8
 """FAILURES carries results, the pickled failures, and at the very end the length of the latter as an int64."""

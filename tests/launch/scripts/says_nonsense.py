@@ -7,6 +7,7 @@ import numpy as np
 from mpi4py import MPI
 from script_helpers import RANK, Squares, say
 
+from jd_hpc.errors import Failure
 from jd_hpc.machine import Channel
 from jd_hpc.payload import pack, pack_into
 from jd_hpc.wire import HEADER_BYTES, HEADER_DTYPE, KINDS, MAGIC, MESSAGE_BYTES, TAG_BODY, TAG_MESSAGE
@@ -54,6 +55,9 @@ def nonsense(job, facts):
         "report of another kind": message(packed([1]), kind=READY),
         "report twice": message(packed(facts), kind=READY),
         "unreadable error": message(b"?" * 20, kind=KINDS["ERROR"]),
+        "unreadable word on shared data": message(b"?" * 20, kind=KINDS["SHARED"]),
+        "shared data that nobody has": message(packed({"refuses": True}), kind=KINDS["SHARED"]),
+        "word for a group": message(packed(Failure("Error", "stuck", "", None)), kind=KINDS["BROKEN"]),
         "goodbye": message(kind=KINDS["BYE"]),
         "body over the limit": message(kind=RESULTS, count=1, body_bytes=1 << 40, body_tag=TAG_BODY),
         "body with a wrong tag": message(kind=RESULTS, count=1, body_bytes=1 << 20, body_tag=3),
