@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 import pickle
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
@@ -106,6 +107,7 @@ class Groups:
     """
 
     _keyval: int | None = None
+    _keyval_lock = threading.Lock()
 
     def __init__(self, comm: Intracomm, ranks_per_slave: int) -> None:
         from mpi4py import MPI
@@ -136,8 +138,9 @@ class Groups:
         """Return the groups of `comm`; the first call is collective. They live as long as it does."""
         from mpi4py import MPI
 
-        if cls._keyval is None:
-            cls._keyval = MPI.Comm.Create_keyval(delete_fn=cls._delete, nopython=False)
+        with cls._keyval_lock:
+            if cls._keyval is None:
+                cls._keyval = MPI.Comm.Create_keyval(delete_fn=cls._delete, nopython=False)
         known = comm.Get_attr(cls._keyval)
         if known is None:
             known = {}
