@@ -293,7 +293,7 @@ cdef class Master(Deliverer):
         return 0
 
     cdef int lose_group(self, int source, object failure) except -1:
-        """A rank of a group has failed, and others have not come out of the job since: that is the end of job and group."""
+        """A rank of a group has failed, and others do not come out of the job: that is the job's failure, and the group's end."""
         cdef int leader, slot
         if source not in self.fellows:
             raise ProtocolError(f"rank {source} speaks for a group, and is in none")

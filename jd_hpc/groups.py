@@ -13,10 +13,12 @@ The rules it keeps:
 from __future__ import annotations
 
 import contextlib
+import math
 import pickle
+import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
 
 import numpy as np
 
@@ -105,6 +107,7 @@ class Groups:
     """
 
     _keyval: int | None = None
+    _keyval_lock = threading.Lock()
 
     def __init__(self, comm: Intracomm, ranks_per_slave: int) -> None:
         from mpi4py import MPI
@@ -135,8 +138,9 @@ class Groups:
         """Return the groups of `comm`; the first call is collective. They live as long as it does."""
         from mpi4py import MPI
 
-        if cls._keyval is None:
-            cls._keyval = MPI.Comm.Create_keyval(delete_fn=cls._delete, nopython=False)
+        with cls._keyval_lock:
+            if cls._keyval is None:
+                cls._keyval = MPI.Comm.Create_keyval(delete_fn=cls._delete, nopython=False)
         known = comm.Get_attr(cls._keyval)
         if known is None:
             known = {}
@@ -304,6 +308,16 @@ class Team:
         self._is_broken = True
         self._link.tell_broken(failure)
 
+    def _lose_touch(self, error: BaseException) -> NoReturn:
+        """MPI cannot reach a rank of the group. Mostly it has died: then the master notices, and gives our job to others."""
+        self._is_broken = True
+        tell_at_s = time.monotonic() + self._patience_s
+        while True:
+            self._rest(self._link.look_out)
+            if time.monotonic() > tell_at_s:
+                tell_at_s = math.inf
+                self._give_up(Failure.of(error))
+
     def _look_on(self) -> None:
         """Look out, but stay."""
         with contextlib.suppress(self._stopped):
@@ -313,12 +327,15 @@ class Team:
         """Send, and wait until all have gone out: while this rank is in a job nothing of it moves."""
         from mpi4py import MPI
 
-        requests = [self._comm.Isend([data, MPI.BYTE], rank, tag) for data, tag, rank in messages]
+        requests = []
         try:
+            requests += [self._comm.Isend([data, MPI.BYTE], rank, tag) for data, tag, rank in messages]
             while not MPI.Request.Testall(requests):
                 self._rest(self._link.look_out)
-        except BaseException:
+        except BaseException as error:
             _set_aside.append((requests, messages))
+            if isinstance(error, MPI.Exception):
+                self._lose_touch(error)
             raise
 
     def _receive(self, tag: int) -> tuple[int, Any] | None:
@@ -326,17 +343,20 @@ class Team:
         from mpi4py import MPI
 
         status = MPI.Status()
-        message = self._comm.Improbe(MPI.ANY_SOURCE, tag, status)
-        if message is None:
-            return None
-        data = bytearray(status.Get_count(MPI.BYTE))
-        source = status.Get_source()
-        request = message.Irecv([data, MPI.BYTE])
+        request = data = None
         try:
+            message = self._comm.Improbe(MPI.ANY_SOURCE, tag, status)
+            if message is None:
+                return None
+            data = bytearray(status.Get_count(MPI.BYTE))
+            source = status.Get_source()
+            request = message.Irecv([data, MPI.BYTE])
             while not request.Test():
                 self._rest(self._link.look_out)
-        except BaseException:
+        except BaseException as error:
             _set_aside.append((request, data))
+            if isinstance(error, MPI.Exception):
+                self._lose_touch(error)
             raise
         self._looks = 0
         return source, pickle.loads(data)

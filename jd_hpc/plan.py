@@ -80,6 +80,11 @@ class Plan:
         self.process_jobs = own("process_jobs")
         self.process_results = own("process_results")
         self.shared = own("shared")
+        if self.shared is not None and not callable(self.shared):
+            raise PayloadError(
+                f"shared is a {type(self.shared).__name__} where a method was expected, which returns what all slaves share; give "
+                f"your attribute another name"
+            )
         self.sharing: Sharing | None = None  # on the master, if shared() is overridden
         self.team: Team | None = None  # of this rank, if a slave is a group of ranks
         self.fellows: dict[int, list[int]] = {}  # on the master: rank → the ranks of its group

@@ -144,10 +144,10 @@ class Run:
             with contextlib.ExitStack() as opened:
                 try:
                     plan = self._make_plan()
+                    slaves = 0 if alone else usable
                     if machine.grouping is not None:
                         groups.check(plan)
-                        plan.fellows = machine.grouping.fellows(usable)
-                    slaves = 0 if alone else usable
+                        plan.fellows = machine.grouping.fellows(slaves)
                     plan.tell(history.begin(self._facts(slaves, run=master.run, mpi=mpi_name(), hosts=channel.hosts)))
                     opened.enter_context(self._journal(plan))
                     if plan.shared is not None and slaves:

@@ -130,6 +130,10 @@ def test_fewer_groups_than_there_are(comm):
     machine = MPIMachine(comm, 2, leave_rest_idle=True)
     _, teams = value_of(Sums(range(6), machine, max_slaves=1), comm)
     assert len(teams) == 1
+    dispatcher = Sweep(range(6), machine, min_slaves=99)  # too few: the master works itself
+    dispatcher.shared = lambda: 7
+    dispatcher.process_job = lambda job: dispatcher.comm.size * dispatcher.shared
+    assert set(value_of(dispatcher, comm)[0].values()) == {7}
     check_healthy(comm)
 
 

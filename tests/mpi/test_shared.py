@@ -130,6 +130,16 @@ def test_what_goes_wrong_ends_the_run(comm, give, kind, word):
     check_healthy(comm)
 
 
+def test_an_attribute_of_that_name(comm):
+    dispatcher = Sweep(range(5), comm)
+    dispatcher.shared = {"my": "data"}
+    outcomes = run(dispatcher, comm)
+    for outcome in outcomes:
+        assert isinstance(outcome.error, PayloadError)
+        assert "give your attribute another name" in str(outcome.error)
+    check_healthy(comm)
+
+
 class Unreadable:
     """Cannot be rebuilt on a slave."""
 

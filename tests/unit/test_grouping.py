@@ -16,7 +16,7 @@ def test_ranks_left_over():
     assert count_groups(1, 4, False) == 0
     assert count_groups(9, 4, False) == 2
     assert count_groups(12, 4, True) == 2
-    with pytest.raises(GroupError, match=r"12 ranks are a master and 11 others; these make 2 groups of 4 and leave 3. Cure: start 9 or 13"):
+    with pytest.raises(GroupError, match=r"11 others; these make 2 groups of 4 and leave 3\. Cure: start 9 or 13"):
         count_groups(12, 4, False)
 
 
@@ -40,7 +40,7 @@ def test_every_rank_is_in_one_group_at_most(hosts, ranks_per_slave):
 
 @pytest.mark.parametrize(
     ("options", "word"),
-    [({"isolate": True}, "isolate=True"), ({"kernel": 1}, "kernel"), ({"process_jobs": 1}, "process_jobs"), ({"grain": 2}, "grain=1")],
+    [({"isolate": True}, "isolate"), ({"kernel": 1}, "kernel"), ({"process_jobs": 1}, "process_jobs"), ({"grain": 2}, "grain")],
 )
 def test_what_groups_cannot_do(options, word):
     plan = SimpleNamespace(isolate=False, kernel=None, process_jobs=None, grain=1, credit=2)

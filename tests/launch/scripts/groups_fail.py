@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 from mpi4py import MPI
 from script_helpers import RANK, Squares, note_pid, say
@@ -26,8 +27,8 @@ class Sums(Squares):
         if job == 5 and self.comm.rank == which:
             if how != "dies":
                 raise ValueError("five is too much")
-            if not os.path.exists("note.died"):
-                os.close(os.open("note.died", os.O_CREAT))
+            if not Path("note.died").exists():
+                Path("note.died").touch()
                 os.kill(os.getpid(), signal.SIGKILL)
         return self.comm.allreduce(job * job) // self.comm.size
 
