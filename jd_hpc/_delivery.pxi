@@ -15,13 +15,9 @@ cdef class Deliverer(Drainer):
     cdef Buffer collected_jobs
     cdef Buffer collected_results
     # all other results
-    cdef list parcels                   # (slot, slave, results, {offset: Failure})
     cdef bint in_blocks                 # process_results takes them
     cdef bint tells_result              # these hooks are overridden
     cdef bint tells_idle
-
-    def __cinit__(self, *args):
-        self.parcels = []
 
     @cython.final
     cdef int begin_to_deliver(self) except -1:
@@ -198,6 +194,8 @@ cdef class Deliverer(Drainer):
         cdef int i, slot, slave, count
         cdef int64_t first
         slot, slave, results, failures = parcel
+        if slot == LETTER:
+            return self.deliver_letter(slave, results, failures)
         first, count = self.scheduler.first(slot), self.scheduler.jobs(slot)
         jobs = self.jobs_of(slot, count)
         if self.journal is not None:

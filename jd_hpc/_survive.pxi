@@ -1,6 +1,6 @@
 # What the master does about slaves that fail: between _jobs.pxi, which sends, and _master.pxi, which runs the loop.
 
-cdef class Survivor(JobSender):
+cdef class Survivor(Postmaster):
     """Carries out what the watch (survival.py) decides, and keeps what is known of jobs whose slaves failed."""
     cdef object watch                   # survival.Watch, or None: nobody is watched
     cdef object acknowledge             # asks MPI which ranks it knows to have failed
@@ -10,28 +10,15 @@ cdef class Survivor(JobSender):
     cdef int again_count
     cdef bint mpi_failed                # an MPI call told of a rank that failed
     cdef list broken_off                # (rank, why): what was on its way between us will never be complete
-    cdef bint attention                 # there are parcels, or a failure
-    cdef object failure                 # raised by run_jobs
-    cdef bint stopping
     cdef readonly bint failed           # ranks failed: nobody may finalize MPI at the end of the program
-    cdef int *gone                      # for each rank: nobody waits for it any more
     cdef int *said_bye                  # likewise: it has left the run
-    cdef int *distrusted                # likewise: it sent what no slave sends
     cdef int64_t grace_ns               # how long those that may come back are waited for at the end
     cdef int64_t stragglers_since_ns
     cdef int64_t failed_ns              # when a slave failed last
     cdef int64_t stop_by_ns             # at the end of a run that was drained nobody is waited for any longer; 0: no limit
 
     def __dealloc__(self):
-        free(self.gone)
         free(self.said_bye)
-        free(self.distrusted)
-
-    cdef int fail(self, object error) except -1:
-        if self.failure is None:
-            self.failure = error
-        self.attention = True
-        return 0
 
     @property
     def watched(self):
@@ -147,6 +134,7 @@ cdef class Survivor(JobSender):
         if self.distrusted[slave]:
             return 0
         self.distrusted[slave] = True
+        self.drop_incoming(slave)
         try:
             logger.warning("rank %d is not believed any more: %s", slave, why)
             self.miss(slave, "it broke the protocol: " + why)
@@ -159,9 +147,16 @@ cdef class Survivor(JobSender):
         return self.distrust(source, why)
 
     cdef int forget(self, int rank) except -1:
-        """Nobody waits for this rank any more. A receive from it may hang for ever if it is waited for, or cancelled."""
-        cdef int i
+        """Nobody waits for this rank any more."""
         self.gone[rank] = True
+        aside.extend(self.sending[rank])
+        self.sending[rank].clear()
+        return self.drop_incoming(rank)
+
+    cdef int drop_incoming(self, int rank) except -1:
+        """What is on its way from this rank may never come. A receive may hang for ever if it is waited for, or cancelled."""
+        cdef int i
+        self.drop_line(rank)
         for i in range(self.body_count - 1, -1, -1):
             if self.bodies[i].source == rank:
                 aside.append(self.take_body(i))
@@ -202,6 +197,7 @@ cdef class Survivor(JobSender):
         for slot in range(self.scheduler.batch_count):
             if self.scheduler.holder(slot) == slave and self.scheduler.state_of_batch(slot) == BATCH_SENT:
                 indices.extend(range(self.scheduler.first(slot), self.scheduler.first(slot) + self.scheduler.jobs(slot)))
+        self.drop_waiting(slave)
         struck = self.scheduler.running(slave)
         if struck >= 0 and self.scheduler.state_of_batch(struck) == BATCH_SENT:
             self.histories.setdefault(struck, []).append((slave, how))

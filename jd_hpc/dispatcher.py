@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jd_hpc.errors import JobError
+from jd_hpc.errors import JobError, MessageError
 from jd_hpc.history import path_of as history_path_of
 from jd_hpc.journal import path_of as journal_path_of
 from jd_hpc.machine import LEAST_HEARTBEAT_S, LocalMachine, MPIMachine, as_machine
+from jd_hpc.messages import Filter, Handler, Handlers
 from jd_hpc.plan import Hook, Plan
 from jd_hpc.runs import Run
 from jd_hpc.wire import MOST_ATTEMPTS
@@ -152,6 +153,8 @@ class JobDispatcher:
             raise ValueError(f"min_slaves = {min_slaves} is more than max_slaves = {max_slaves}; no run could ever use slaves")
         self.machine: LocalMachine | MPIMachine = as_machine(vm)
         self.stats: dict[str, int] = {}
+        self._handlers = Handlers()
+        self._post: Any = None  # what carries messages, while a run is on
 
     # ---- hooks -------------------------------------------------------------------------------------------------------
 
@@ -238,6 +241,71 @@ class JobDispatcher:
 
     def on_shutdown(self) -> None:
         """Every rank, at the end of every run, also when it failed."""
+
+    # ---- messages of your own (docs/messages.md) -----------------------------------------------------------------------
+
+    def add_handler(self, message_type: type, handler: Handler, filter: Filter | None = None) -> None:
+        """Any rank: have messages of this class, or of one derived from it, handled here.
+
+        Parameters
+        ----------
+        message_type : type
+            Of the messages. The first handler that was added, and fits, gets a message: like `except` clauses.
+        handler : callable
+            Called with (source, message); `source` is a rank, 0 the master. Returns None, or pairs (destination, message) to send.
+        filter : callable, optional
+            Called with the same before; the handler is not called if this returns something false. A message that every filter
+            refuses is dropped.
+        """
+        self._handlers.add(message_type, handler, filter)
+
+    def tell(self, message: Any, destination: int = 0) -> None:
+        """Any rank, in hooks, handlers and jobs: send an object to the handler that another rank has for it.
+
+        The master never waits, and drops what is for a slave that is not up. A slave waits while 8 of its messages are not handled
+        yet. Between slaves a message goes by way of the master. What one rank sends to another, results and jobs included, keeps
+        its order.
+
+        Parameters
+        ----------
+        message : object
+            Anything that can be pickled.
+        destination : int
+            A rank: 0 is the master.
+
+        Raises
+        ------
+        MessageError
+            Outside a run or its thread, if there is no such rank, or if 1024 messages wait for that slave already.
+        PayloadError
+            If it cannot be pickled, or is over `payload_limit`.
+        """
+        self._carrier().tell(message, destination)
+
+    def broadcast(self, message: Any) -> int:
+        """Master: send an object to all slaves that are up, as `tell` does; return to how many it went."""
+        count: int = self._carrier().broadcast(message)
+        return count
+
+    def poll(self) -> int:
+        """Slave, in a long job: handle the messages that have come; return how many these were.
+
+        Cheap when there is none. It ends the job when the run is stopped. On the master it does nothing: its handlers are called
+        between its hooks.
+        """
+        post = self._post
+        if post is None:
+            post = self._carrier()
+        count: int = post.poll_letters()
+        return count
+
+    def _carrier(self) -> Any:
+        if self._post is None:
+            raise MessageError(
+                "tell(), broadcast() and poll() are for hooks, handlers and jobs of a run, and there is none now. Cure: call them "
+                "from on_startup on, until the last result"
+            )
+        return self._post
 
     # ---- the run -----------------------------------------------------------------------------------------------------
 

@@ -60,7 +60,12 @@ def run_jobs(plan: Plan, drain: Drain | None = None, asked: Asked | None = None)
                 return first, put_back
         else:
             first = 0
-        while len(jobs := _next_batch(plan, first)):
+        while True:
+            jobs = _next_batch(plan, first)
+            if plan.post is not None and plan.post.settle():  # handlers may have made jobs
+                jobs = jobs if len(jobs) else _next_batch(plan, first)
+            if not len(jobs):
+                break
             if clock.is_over():
                 return first + len(jobs), len(jobs)
             _run(plan, evaluator, clock, first, jobs)
@@ -106,7 +111,15 @@ def _evaluate(plan: Plan, evaluator: Evaluator, jobs: Any, first: int) -> tuple[
         out = Buffer(count * plan.result_rows.row_bytes, plan.result_rows, 0, True)
     if plan.history is not None:
         plan.history.lines.sent(0, 0, first, count, 0)
-    failures = Failure.of_all(evaluator.evaluate(jobs, count, out, objects))
+    if plan.post is None:
+        failures = Failure.of_all(evaluator.evaluate(jobs, count, out, objects))
+    else:
+        plan.post.settle()  # what the hooks have left
+        plan.post.in_job = True
+        try:
+            failures = Failure.of_all(evaluator.evaluate(jobs, count, out, objects))
+        finally:
+            plan.post.in_job = False
     if plan.history is not None:
         plan.history.lines.result(VERDICT_DELIVER, 0, 0, first, count, 0)
     if out is None:

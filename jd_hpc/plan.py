@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jd_hpc.dispatcher import JobDispatcher
     from jd_hpc.history import History
     from jd_hpc.journal import Journal
+    from jd_hpc.messages import LocalPost
 
 Hook = Callable[..., Any]
 
@@ -79,6 +80,7 @@ class Plan:
         self.on_job_sent = own("on_job_sent")
         self.on_result = own("on_result")
         self.history: History | None = None  # the master's, where there is one
+        self.post: LocalPost | None = None  # without a vm
         self.kernel = self._kernel(dispatcher.kernel)
         self.read_ahead = self._read_ahead()
         self.journal: Journal | None = None  # on the master, if the run has one

@@ -20,6 +20,7 @@ from jd_hpc.errors import MasterLostError, Unfinished
 from jd_hpc.history import History
 from jd_hpc.journal import Journal
 from jd_hpc.machine import Channel, LocalMachine, MPIMachine, load_core, mpi_name
+from jd_hpc.messages import LocalPost
 from jd_hpc.plan import Plan
 from jd_hpc.signals import Asked, Drains, Interrupts
 from jd_hpc.survival import Watch
@@ -93,6 +94,7 @@ class Run:
         try:
             plan = self._make_plan()
             plan.history = history.begin(self._facts(0))
+            plan.post = dispatcher._post = LocalPost(dispatcher._handlers)
             with self._journal(plan):
                 dispatcher.on_startup()
                 dispatcher.reset()
@@ -105,6 +107,7 @@ class Run:
             self._log("%d jobs were evaluated locally", count - stored)
             return dispatcher.postprocess()
         finally:
+            dispatcher._post = None
             dispatcher.on_shutdown()
 
     # ---- the master --------------------------------------------------------------------------------------------------
@@ -122,6 +125,7 @@ class Run:
                     plan.history = history.begin(self._facts(slaves, run=master.run, mpi=mpi_name(), hosts=channel.hosts))
                     opened.enter_context(self._journal(plan))
                     master.begin(plan, slaves)
+                    dispatcher._post, master.handlers = master, dispatcher._handlers
                     self._watch(channel, master)
                     master.drain_by(self._make_drain(plan), self._asked)
                     machine.busy = master.busy_slaves
@@ -129,7 +133,7 @@ class Run:
                     dispatcher.reset()
                     master.run_jobs()
                 finally:
-                    machine.busy = None
+                    machine.busy = dispatcher._post = None
                     try:
                         self._stop(channel, master)
                     except BaseException:
@@ -174,6 +178,7 @@ class Run:
             try:
                 plan = self._make_plan()
                 slave.begin(plan)
+                dispatcher._post, slave.handlers = slave, dispatcher._handlers
                 slave.beat = channel.beat_every(plan.heartbeat_s)
                 with channel.limited(dispatcher.job_timeout_s):
                     dispatcher.on_startup()
@@ -191,6 +196,7 @@ class Run:
             else:
                 slave.leave()
             finally:
+                dispatcher._post = None
                 slave.close()
                 if not slave.parted and channel.connection is not None:
                     channel.connection.close()  # the process may live on, and the master is not to wait for its goodbye
