@@ -6,7 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import disjoint_base
 
+from jd_hpc.messages import Handlers
 from jd_hpc.plan import Plan
+from jd_hpc.progress import Progress
 from jd_hpc.scheduler import Scheduler
 from jd_hpc.signals import Asked
 from jd_hpc.survival import Watch
@@ -22,10 +24,23 @@ class Link:
     parting: bool
     impatient: bool
 
+@final
+class Letter: ...
+
+@disjoint_base
+class Postal(Link):
+    handlers: Handlers
+
+@disjoint_base
+class Correspondent(Postal):
+    def tell(self, message: Any, destination: int = 0) -> None: ...
+    def broadcast(self, message: Any) -> int: ...
+    def poll_letters(self) -> int: ...
+
 class StoppedAtWork(BaseException): ...
 
 @final
-class Slave(Link):
+class Slave(Correspondent):
     failed: bool
     drained: bool
     parted: bool
@@ -41,16 +56,28 @@ class Slave(Link):
     def close(self) -> None: ...
 
 @disjoint_base
-class JobSender(Link):
+class JobSender(Postal):
     scheduler: Scheduler
 
+@final
+class Piece: ...
+
 @disjoint_base
-class Survivor(JobSender):
+class Postmaster(JobSender):
+    def tell(self, message: Any, destination: int = 0) -> bool: ...
+    def broadcast(self, message: Any) -> int: ...
+    def poll_letters(self) -> int: ...
+
+@disjoint_base
+class Survivor(Postmaster):
+    progress: Progress | None
     dead: set[int]
     missing: set[int]
     failed: bool
     @property
     def watched(self) -> bool: ...
+    def counts(self) -> tuple[int, int, int, int]: ...
+    def busy_slaves(self) -> int: ...
     def note(self, event: str, **facts: Any) -> None: ...
     def watch_over(self, watch: Watch, acknowledge: Callable[[], list[int]], grace_s: float) -> None: ...
 
@@ -77,7 +104,6 @@ class Master(Deliverer):
     ) -> Self: ...
     def begin(self, plan: Plan | None, slave_count: int) -> None: ...
     def run_jobs(self) -> None: ...
-    def busy_slaves(self) -> int: ...
     def counters(self) -> dict[str, int]: ...
     def stop(self) -> None: ...
 

@@ -227,6 +227,7 @@ cdef class Deliverer(Drainer):
                 self.note("again", index=index, slave=slave, strikes=strikes, how=failure.died)
                 return self.retry(index, job, strikes, history)
         self.note("failed", index=index, slave=slave, error=failure.type_name, died=failure.died, attempts=history)
+        self.failed_count += 1
         self.plan.process_failure(index, job, JobError(index, slave, failure, history))
         return 0
 

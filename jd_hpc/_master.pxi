@@ -93,6 +93,8 @@ cdef class Master(Deliverer):
                     return
                 if self.is_alone():
                     self.work_locally()
+                    with nogil:
+                        self.look_up(coarse_ns())
                 else:
                     with nogil:
                         self.pump()
@@ -311,9 +313,14 @@ cdef class Master(Deliverer):
 
     # ---- facts ---------------------------------------------------------------------------------------------------
 
-    def busy_slaves(self):
-        """How many slaves hold jobs."""
-        return sum(self.scheduler.held(slave) > 0 for slave in range(1, self.slave_count + 1))
+    cdef int64_t done_count(self) except -1:
+        cdef int slot, state
+        cdef int64_t count = self.next_index - self.again_count - self.collected
+        for slot in range(self.scheduler.batch_count):
+            state = self.scheduler.state_of_batch(slot)
+            if state == BATCH_WAITING or state == BATCH_SENT or state == BATCH_ENDED:
+                count -= self.scheduler.jobs(slot)
+        return max(0, count)
 
     def counters(self):
         """What happened so far, for the log."""

@@ -1,5 +1,9 @@
 # What the master does about slaves that fail: between _jobs.pxi, which sends, and _master.pxi, which runs the loop.
 
+cdef enum:
+    PROGRESS_NS = 100_000_000   # between two looks at the counters
+
+
 cdef class Survivor(Postmaster):
     """Carries out what the watch (survival.py) decides, and keeps what is known of jobs whose slaves failed."""
     cdef object watch                   # survival.Watch, or None: nobody is watched
@@ -15,6 +19,9 @@ cdef class Survivor(Postmaster):
     cdef int64_t grace_ns               # how long those that may come back are waited for at the end
     cdef int64_t stragglers_since_ns
     cdef int64_t failed_ns              # when a slave failed last
+    cdef public object progress         # progress.Progress, or None
+    cdef int64_t progress_ns            # when it is given the counters next
+    cdef int64_t failed_count           # jobs that went to process_failure
     cdef int64_t stop_by_ns             # at the end of a run that was drained nobody is waited for any longer; 0: no limit
 
     def __dealloc__(self):
@@ -60,12 +67,27 @@ cdef class Survivor(Postmaster):
                 elif self.scheduler.on_ready(slave) == 0:
                     self.note("back", slave=slave, how=how)
                     logger.warning("slave %d is taken on again: %s", slave, how)
+            if self.progress is not None and now >= self.progress_ns:
+                self.progress_ns = now + PROGRESS_NS
+                self.progress.tick(now * 1e-9, self.counts)
             if self.stopping:
                 self.look_for_stragglers(now)
             else:
                 self.look_at_the_clock(now)
         except BaseException as error:
             self.fail(error)
+        return 0
+
+    def counts(self):
+        """How many jobs have ended, have failed; how many slaves are busy, and are up."""
+        return self.done_count(), self.failed_count, self.busy_slaves(), self.scheduler.up_count
+
+    def busy_slaves(self):
+        """How many slaves hold jobs."""
+        return sum(self.scheduler.held(slave) > 0 for slave in range(1, self.scheduler.slave_count + 1))
+
+    cdef int64_t done_count(self) except -1:
+        """Jobs that were given out and have come to their end."""
         return 0
 
     cdef int renew_receives(self) except -1:

@@ -19,6 +19,7 @@ from jd_hpc.journal import path_of as journal_path_of
 from jd_hpc.machine import LEAST_HEARTBEAT_S, LocalMachine, MPIMachine, as_machine
 from jd_hpc.messages import Filter, Handler, Handlers
 from jd_hpc.plan import Hook, Plan
+from jd_hpc.progress import wanted
 from jd_hpc.runs import Run
 from jd_hpc.wire import MOST_ATTEMPTS
 
@@ -69,6 +70,9 @@ class JobDispatcher:
         `math.inf`: it ends never.
     walltime_margin_s : float
         So long before that end all must have come in, in seconds: the time to write, to part and to end.
+    progress : bool or int, optional
+        True, or how many jobs there are: the master shows a bar on stderr, by tqdm, or a line per minute where that is no terminal
+        (docs/progress.md). Default: the environment variable JD_HPC_PROGRESS, else none.
 
     Raises
     ------
@@ -88,6 +92,8 @@ class JobDispatcher:
         Likewise. False: a NaN in a numeric job or result is an error.
     payload_limit : int
         Likewise. Bytes of the largest message; a larger one is refused with an error.
+    job_count : int or None
+        Likewise, or set in `reset`. How many jobs there are, where that is known: only `progress` wants to know.
     machine : LocalMachine or MPIMachine
         Tells slots, hosts and who is master.
     stats : dict of str to int
@@ -102,6 +108,7 @@ class JobDispatcher:
     kernel: Any = None
     allow_nan: bool = True
     payload_limit: int = 1 << 36
+    job_count: int | None = None
     from_journal: bool = False
 
     def __init__(
@@ -123,6 +130,7 @@ class JobDispatcher:
         history: str | os.PathLike[str] | None = None,
         walltime: float | Callable[[], float] | None = None,
         walltime_margin_s: float = 30.0,
+        progress: bool | int | None = None,
     ) -> None:
         self.grain = _number("grain", 1 if grain is None else grain, 1, 1 << 30)
         self.credit = _number("credit", 2 if credit is None else credit, 1, 1 << 10)
@@ -140,6 +148,7 @@ class JobDispatcher:
         is_time = walltime is not None and not callable(walltime) and walltime != math.inf
         self.walltime = _seconds("walltime", walltime) if is_time else walltime  # type: ignore[arg-type]
         self.walltime_margin_s = _seconds("walltime_margin_s", walltime_margin_s, zero=True)
+        self.progress = wanted(progress)
         if 0 < self.heartbeat_s < LEAST_HEARTBEAT_S:
             raise ValueError(f"heartbeat_s = {heartbeat_s} is out of range: it is 0, or at least {LEAST_HEARTBEAT_S}")
         if self.liveness_timeout_s < 2 * self.heartbeat_s:

@@ -12,6 +12,7 @@ from jd_hpc._batch import Buffer, Evaluator
 from jd_hpc.errors import Failure, JobError, PayloadError
 from jd_hpc.payload import as_rows, block_length, check_finite, pick
 from jd_hpc.plan import Plan
+from jd_hpc.progress import Progress
 from jd_hpc.signals import Asked, pass_on
 from jd_hpc.walltime import Drain
 
@@ -70,9 +71,16 @@ def run_jobs(plan: Plan, drain: Drain | None = None, asked: Asked | None = None)
                 return first + len(jobs), len(jobs)
             _run(plan, evaluator, clock, first, jobs)
             first += len(jobs)
+            if plan.progress is not None:
+                _show(plan.progress, first, plan.failed_count)
     finally:
         evaluator.close()
     return first, 0
+
+
+def _show(progress: Progress, done: int, failed: int) -> None:
+    """Say how far the run is."""
+    progress.tick(time.monotonic(), lambda: (done, failed, 1, 1))
 
 
 def _replay(plan: Plan, journal: Journal, evaluator: Evaluator, clock: _Clock) -> tuple[int, int, bool]:
@@ -201,6 +209,7 @@ def _deliver(plan: Plan, first: int, jobs: Any, results: Any, failures: dict[int
             if plan.history is not None:
                 facts = {"error": error.type_name, "died": failures[at].died, "attempts": error.attempts}
                 plan.history.event("failed", index=first + at, slave=0, **facts)
+            plan.failed_count += 1
             plan.process_failure(first + at, jobs[at], error)
         elif plan.process_results is None:
             _note_delivery(plan, first + at)

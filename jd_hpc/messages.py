@@ -78,6 +78,25 @@ def _replies(handler: Handler, returned: Any) -> list[tuple[int, Any]]:
     return replies
 
 
+class NoPost:
+    """Stands where messages cannot go out: in the process that runs jobs for a rank (isolate), which must not call MPI."""
+
+    def tell(self, message: Any, destination: int = 0) -> bool:
+        """Refuse."""
+        raise MessageError(
+            "jobs in a process of their own (isolate=True) cannot tell(), broadcast() or poll(). Cure: isolate=False, or put what is "
+            "to be said into the result"
+        )
+
+    def broadcast(self, message: Any) -> int:
+        """Refuse."""
+        return int(self.tell(message))
+
+    def poll_letters(self) -> int:
+        """Refuse."""
+        return int(self.tell(None))
+
+
 class LocalPost:
     """Own messages where there is no other rank: all are from rank 0 to rank 0, and none is pickled.
 

@@ -22,6 +22,7 @@ from jd_hpc.journal import Journal
 from jd_hpc.machine import Channel, LocalMachine, MPIMachine, load_core, mpi_name
 from jd_hpc.messages import LocalPost
 from jd_hpc.plan import Plan
+from jd_hpc.progress import Progress
 from jd_hpc.signals import Asked, Drains, Interrupts
 from jd_hpc.survival import Watch
 from jd_hpc.walltime import Drain, Walltime
@@ -95,11 +96,13 @@ class Run:
             plan = self._make_plan()
             plan.history = history.begin(self._facts(0))
             plan.post = dispatcher._post = LocalPost(dispatcher._handlers)
-            with self._journal(plan):
+            with self._journal(plan), self._progress() as plan.progress:
                 dispatcher.on_startup()
                 dispatcher.reset()
                 drain = None if self._asked is None else self._make_drain(plan)  # inside another run's job: that one's business
                 count, put_back = local.run_jobs(plan, drain, self._asked)
+                if plan.progress is not None:
+                    plan.progress.tick(0.0, lambda: (count - put_back, plan.failed_count, 0, 1), last=True)
             stored = 0 if plan.journal is None else plan.journal.delivered
             dispatcher.stats = history.counters = {"jobs": count, "from journal": stored}
             if put_back:
@@ -124,14 +127,17 @@ class Run:
                     slaves = 0 if alone else usable
                     plan.history = history.begin(self._facts(slaves, run=master.run, mpi=mpi_name(), hosts=channel.hosts))
                     opened.enter_context(self._journal(plan))
+                    master.progress = progress = opened.enter_context(self._progress())
+                    dispatcher._post, master.handlers = master, dispatcher._handlers  # first: slaves may be there already
                     master.begin(plan, slaves)
-                    dispatcher._post, master.handlers = master, dispatcher._handlers
                     self._watch(channel, master)
                     master.drain_by(self._make_drain(plan), self._asked)
                     machine.busy = master.busy_slaves
                     dispatcher.on_startup()
                     dispatcher.reset()
                     master.run_jobs()
+                    if progress is not None:
+                        progress.tick(0.0, master.counts, last=True)
                 finally:
                     machine.busy = dispatcher._post = None
                     try:
@@ -222,6 +228,13 @@ class Run:
             return contextlib.nullcontext()
         plan.journal = Journal(self._journal_path, plan, self._dispatcher)
         return plan.journal
+
+    def _progress(self) -> contextlib.AbstractContextManager[Progress | None]:
+        """What shows how far the run is, if that is wanted."""
+        dispatcher, option = self._dispatcher, self._dispatcher.progress
+        if option is False:
+            return contextlib.nullcontext()
+        return Progress((lambda: dispatcher.job_count) if option is True else lambda: option)
 
     def _make_drain(self, plan: Plan) -> Drain:
         """Return what decides when nothing more goes out."""

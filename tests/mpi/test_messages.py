@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from mpi_helpers import Sweep, check_healthy, error_of, run, value_of
+from mpi_helpers import Sweep, check_healthy, error_of, everywhere, run, value_of
 
 from jd_hpc import JobError, MessageError, PayloadError, SlaveError
 
@@ -251,6 +251,13 @@ def test_hooks_may_tell(comm):
             assert welcome == ([Note("welcome", rank)] if rank else [])
 
 
+def test_hooks_may_tell_a_slave_that_is_early(comm):
+    sweep = Hooks(range(3), comm)
+    values = [sweep.run() for _ in range(30)]  # nobody waits for the others in between
+    with everywhere(comm):
+        assert all((value is None) == (comm.rank > 0) for value in values)
+
+
 def test_a_master_that_does_the_work_hears_itself(comm):
     results, failures = value_of(Asks(range(5), comm, max_slaves=0), comm)
     assert not failures
@@ -320,6 +327,15 @@ def test_a_slave_does_not_broadcast(comm):
     Wrong.deed = lambda sweep: sweep.broadcast(Note("x"))
     if comm.size > 1:
         assert "is the master's" in failure_of(Failing([0], comm), comm).message
+
+
+@pytest.mark.parametrize("deed", [lambda sweep: sweep.tell(Note("x")), lambda sweep: sweep.poll()])
+def test_a_job_in_a_process_of_its_own_is_refused(comm, deed):
+    Wrong.deed = deed
+    sweep = Failing([0], comm, isolate=True)
+    error = failure_of(sweep, comm)
+    assert error.type_name == "MessageError"
+    assert "isolate=True" in error.message
 
 
 def test_another_thread_is_refused(comm):
