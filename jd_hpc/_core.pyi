@@ -7,7 +7,9 @@ from numpy.typing import NDArray
 from typing_extensions import disjoint_base
 
 from jd_hpc.errors import Failure
+from jd_hpc.messages import Handlers
 from jd_hpc.plan import Plan
+from jd_hpc.progress import Progress
 from jd_hpc.scheduler import Scheduler
 from jd_hpc.sharing import Address
 from jd_hpc.signals import Asked
@@ -24,10 +26,23 @@ class Link:
     parting: bool
     impatient: bool
 
+@final
+class Letter: ...
+
+@disjoint_base
+class Postal(Link):
+    handlers: Handlers
+
+@disjoint_base
+class Correspondent(Postal):
+    def tell(self, message: Any, destination: int = 0) -> None: ...
+    def broadcast(self, message: Any) -> int: ...
+    def poll_letters(self) -> int: ...
+
 class StoppedAtWork(BaseException): ...
 
 @final
-class Slave(Link):
+class Slave(Correspondent):
     failed: bool
     drained: bool
     parted: bool
@@ -51,20 +66,32 @@ class Slave(Link):
 class Share: ...
 
 @disjoint_base
-class Sharer(Link):
+class Sharer(Postal):
     def share(self, data: NDArray[np.uint8], size: int, address: Address | None) -> None: ...
 
 @disjoint_base
 class JobSender(Sharer):
     scheduler: Scheduler
 
+@final
+class Piece: ...
+
 @disjoint_base
-class Survivor(JobSender):
+class Postmaster(JobSender):
+    def tell(self, message: Any, destination: int = 0) -> bool: ...
+    def broadcast(self, message: Any) -> int: ...
+    def poll_letters(self) -> int: ...
+
+@disjoint_base
+class Survivor(Postmaster):
+    progress: Progress | None
     dead: set[int]
     missing: set[int]
     failed: bool
     @property
     def watched(self) -> bool: ...
+    def counts(self) -> tuple[int, int, int, int]: ...
+    def busy_slaves(self) -> int: ...
     def note(self, event: str, **facts: Any) -> None: ...
     def watch_over(self, watch: Watch, acknowledge: Callable[[], list[int]], grace_s: float) -> None: ...
 
@@ -93,7 +120,6 @@ class Master(Deliverer):
     def run_jobs(self) -> None: ...
     def wake(self) -> None: ...
     def look_around(self) -> None: ...
-    def busy_slaves(self) -> int: ...
     def counters(self) -> dict[str, int]: ...
     def stop(self) -> None: ...
 

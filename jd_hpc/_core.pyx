@@ -13,17 +13,18 @@ The rules it keeps:
 One C source serves every MPI family: setup.py names the module _core_<family>; machine.py loads the one that fits mpi4py's MPI.
 """
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.pythread cimport PyThread_get_thread_ident
 from libc.stdint cimport int16_t, int32_t, int64_t, uint16_t, uint32_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memmove, memset
-from posix.time cimport clock_gettime, nanosleep, timespec
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, nanosleep, timespec
 cimport cython
 cimport numpy as cnp
 from mpi4py.libmpi cimport *
 
 from jd_hpc._batch cimport Buffer, Evaluator, Rows
 from jd_hpc._history cimport Lines
-from jd_hpc.scheduler cimport BATCH_SENT, BATCH_WAITING, SLAVE_LOST, SLAVE_UP, VERDICT_DELIVER, VERDICT_REFUSED, Scheduler
+from jd_hpc.scheduler cimport BATCH_ENDED, BATCH_SENT, BATCH_WAITING, SLAVE_LOST, SLAVE_UP, VERDICT_DELIVER, VERDICT_REFUSED, Scheduler
 from jd_hpc.wire cimport *
 
 import logging
@@ -36,7 +37,8 @@ from mpi4py import MPI
 
 from jd_hpc._batch import kernel_failures
 from jd_hpc.errors import (
-    Failure, JobError, MasterLostError, MPIError, PayloadError, ProtocolError, RanksDisagreeError, SlaveError, SlavesLostError,
+    Failure, JobError, MasterLostError, MessageError, MPIError, PayloadError, ProtocolError, RanksDisagreeError, SlaveError,
+    SlavesLostError,
 )
 from jd_hpc.payload import ALIGN_BYTES, block_length, check_finite, framed, pack_into, pick, pickled, unpack
 from jd_hpc.sharing import ASKS
@@ -377,15 +379,22 @@ cdef class Link:
     @cython.final
     cdef int finished_body(self) except -2 nogil:
         """Which body is complete, or -1. The caller takes it out with `take_body`."""
-        cdef int i, flag = 0
+        cdef int i
         for i in range(self.body_count):
-            if self.bodies[i].broken:
-                continue
-            if self.tolerate(MPI_Test(&self.bodies[i].request, &flag, MPI_STATUS_IGNORE), self.bodies[i].source):
-                self.bodies[i].broken = True
-            elif flag:
+            if self.is_complete(i):
                 return i
         return -1
+
+    @cython.final
+    cdef bint is_complete(self, int i) except -1 nogil:
+        """Whether a body has come in."""
+        cdef int flag = 0
+        if self.bodies[i].broken:
+            return False
+        if self.tolerate(MPI_Test(&self.bodies[i].request, &flag, MPI_STATUS_IGNORE), self.bodies[i].source):
+            self.bodies[i].broken = True
+            return False
+        return flag != 0
 
     @cython.final
     cdef Buffer take_body(self, int i):
@@ -402,11 +411,11 @@ cdef class Link:
     @cython.final
     cdef int send(self, Outgoing *out, int dest) except -1 nogil:
         """Send what lies at `out.data`: a header (magic, run and tag are filled in here) and its payload."""
-        return self.send_with(out, dest, out.data + HEADER_BYTES)
+        return self.send_apart(out, out.data + HEADER_BYTES, dest)
 
     @cython.final
-    cdef int send_with(self, Outgoing *out, int dest, char *body) except -1 nogil:
-        """The same, where a payload that does not fit into the message lies elsewhere."""
+    cdef int send_apart(self, Outgoing *out, char *body, int dest) except -1 nogil:
+        """The same; a payload that travels as a body lies at `body`."""
         cdef Header *header = <Header *> out.data
         header.magic = MAGIC
         header.run = self.run_mark
@@ -569,16 +578,19 @@ def layout():
         "HEADER_BYTES": HEADER_BYTES, "MESSAGE_BYTES": MESSAGE_BYTES, "INLINE_BYTES": INLINE_BYTES, "MAGIC": MAGIC,
         "PROTOCOL": PROTOCOL, "TAG_MESSAGE": TAG_MESSAGE, "TAG_BODY": TAG_BODY, "TAG_BODY_COUNT": TAG_BODY_COUNT,
         "UNIT_BYTES": UNIT_BYTES, "UNIT_FROM_BYTES": UNIT_FROM_BYTES, "sizeof": sizeof(Header),
-        "FAILURE_LENGTH_BYTES": FAILURE_LENGTH_BYTES, "MOST_ATTEMPTS": MOST_ATTEMPTS,
+        "FAILURE_LENGTH_BYTES": FAILURE_LENGTH_BYTES, "MOST_ATTEMPTS": MOST_ATTEMPTS, "LETTERS_MOST": LETTERS_MOST,
         "KINDS": {"READY": KIND_READY, "JOBS": KIND_JOBS, "RESULTS": KIND_RESULTS, "STOP": KIND_STOP, "BYE": KIND_BYE,
                   "INTERRUPT": KIND_INTERRUPT, "ERROR": KIND_ERROR, "FAILURES": KIND_FAILURES, "DRAIN": KIND_DRAIN,
-                  "SHARED": KIND_SHARED, "BROKEN": KIND_BROKEN},
+                  "SHARED": KIND_SHARED, "BROKEN": KIND_BROKEN,
+                  "TELL": KIND_TELL, "HEARD": KIND_HEARD},
     }
 
 
+include "_letters.pxi"
 include "_slave.pxi"
 include "_sharing.pxi"
 include "_jobs.pxi"
+include "_postmaster.pxi"
 include "_survive.pxi"
 include "_drain.pxi"
 include "_delivery.pxi"

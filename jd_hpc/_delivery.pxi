@@ -15,14 +15,10 @@ cdef class Deliverer(Drainer):
     cdef Buffer collected_jobs
     cdef Buffer collected_results
     # all other results
-    cdef list parcels                   # (slot, slave, results, {offset: Failure})
     cdef bint in_blocks                 # process_results takes them
     cdef bint tells_result              # these hooks are overridden
     cdef bint tells_idle
     cdef bint tells_delivery            # the history is told here what is delivered, and not by the order
-
-    def __cinit__(self, *args):
-        self.parcels = []
 
     @cython.final
     cdef int begin_to_deliver(self) except -1:
@@ -207,6 +203,8 @@ cdef class Deliverer(Drainer):
         cdef int i, slot, slave, count
         cdef int64_t first
         slot, slave, results, failures = parcel
+        if slot == LETTER:
+            return self.deliver_letter(slave, results, failures)
         first, count = self.scheduler.first(slot), self.scheduler.jobs(slot)
         jobs = self.jobs_of(slot, count)
         if self.journal is not None:
@@ -240,6 +238,7 @@ cdef class Deliverer(Drainer):
         error = JobError(index, slave, failure, history)
         if self.tells_delivery:
             self.history.failed(error)
+        self.failed_count += 1
         self.plan.process_failure(index, job, error)
         return 0
 

@@ -33,6 +33,7 @@ cdef class JobSender(Sharer):
     cdef list slot_jobs                 # the objects, where jobs are objects
     cdef dict histories                 # slot → [(slave, how)] of a batch that was struck
     cdef bint draining                  # nothing goes out (_drain.pxi)
+    cdef int letters_waiting            # letters that wait for slaves to handle others (_postmaster.pxi)
     cdef int64_t *sent_ns               # when a slot was sent, where it matters how long jobs take; else NULL
 
     def __dealloc__(self):
@@ -103,11 +104,19 @@ cdef class JobSender(Sharer):
                 self.note_sent(slot, slave)
             if self.sent_ns != NULL:
                 self.sent_ns[slot] = coarse_ns()
-            self.send(&self.slots[slot], slave)
+            if self.letters_waiting > 0:
+                with gil:
+                    self.send_behind(slot, slave)
+            else:
+                self.send(&self.slots[slot], slave)
             if self.tells_sent:
                 with gil:
                     self.tell_sent(slot, slave)
         return moved
+
+    cdef int send_behind(self, int slot, int slave) except -1:
+        """Send a batch, but behind the letters that wait for this slave."""
+        return self.send(&self.slots[slot], slave)
 
     @cython.final
     cdef int note_sent(self, int slot, int slave) noexcept nogil:

@@ -49,9 +49,9 @@ cdef class Master(Deliverer):
         if plan:
             self.job_rows, self.result_rows = plan.job_rows, plan.result_rows
             self.payload_limit = plan.payload_limit
-        # a body on its way for every batch given out, and for what each rank says besides
+        # a body on its way for every batch given out, every letter, and for what each rank says besides
         if self.posted == 0:
-            self.post(MPI_ANY_SOURCE, POSTED, limit + 2 * self.size, self.result_rows)
+            self.post(MPI_ANY_SOURCE, POSTED, limit + (2 + LETTERS_MOST) * self.size, self.result_rows)
         if not plan:
             self.scheduler = self.scheduler or Scheduler(0, 1, 1)
             self.stopping = True
@@ -102,6 +102,8 @@ cdef class Master(Deliverer):
                     return
                 if self.is_alone():
                     self.work_locally()
+                    with nogil:
+                        self.look_up(coarse_ns())
                 else:
                     with nogil:
                         self.pump()
@@ -160,7 +162,7 @@ cdef class Master(Deliverer):
         header = <Header *> self.message_data[i]
         if not self.is_ours(i):
             pass
-        elif self.collects and header.kind == KIND_RESULTS \
+        elif self.collects and self.letters_in == 0 and header.kind == KIND_RESULTS \
                 and header.body_bytes == header.count * self.result_rows.row_bytes:
             self.collect(header, source)
         else:
@@ -198,6 +200,8 @@ cdef class Master(Deliverer):
     cdef int accept_message(self, Buffer buffer, int source) except -1:
         """A whole message is handled; a longer one's body is received first."""
         cdef Header header = (<Header *> buffer.data)[0]
+        if self.waits_in_line(&header, source):
+            return self.accept_in_line(&header, source, buffer)
         if header.body_bytes <= INLINE_BYTES:
             return self.handle_safely(&header, source, buffer, HEADER_BYTES)
         try:
@@ -219,7 +223,10 @@ cdef class Master(Deliverer):
         cdef Header header = self.bodies[i].header
         cdef int source = self.bodies[i].source
         cdef Buffer buffer = self.take_body(i)
-        return self.handle_safely(&header, source, buffer, 0)
+        if self.letters_in and not self.stopping and self.belongs_in_line(&header, source, buffer):
+            return 0
+        self.handle_safely(&header, source, buffer, 0)
+        return self.advance(source) if self.letters_in and not self.stopping else 0
 
     cdef int handle_safely(self, Header *header, int source, Buffer buffer, int64_t offset) except -1:
         """Deal with a message. What goes wrong is raised by run_jobs later; what breaks the protocol is its sender's loss."""
@@ -244,6 +251,11 @@ cdef class Master(Deliverer):
             return 0  # whatever a slave still says
         elif header.kind == KIND_RESULTS or header.kind == KIND_FAILURES:
             self.parcel(header, source, buffer, offset)
+        elif header.kind == KIND_TELL:
+            self.open_letter(header, source, buffer, offset)
+        elif header.kind == KIND_HEARD:
+            self.hear(source, header.count)
+            self.send_waiting(source)
         elif header.kind == KIND_READY:
             if source <= self.slave_count:
                 self.greet(source, self.opened(buffer, offset, end, dict, source))
@@ -330,7 +342,11 @@ cdef class Master(Deliverer):
         else:
             out = Buffer(count * self.result_rows.row_bytes, self.result_rows, 0, True)
         jobs = self.jobs_of(slot, count)
-        failures = Failure.of_all(self.evaluator.evaluate(jobs, count, out, objects, self.scheduler.first(slot)))
+        self.working = True
+        try:
+            failures = Failure.of_all(self.evaluator.evaluate(jobs, count, out, objects, self.scheduler.first(slot)))
+        finally:
+            self.working = False
         if self.sent_ns != NULL:
             self.note_time((coarse_ns() - begun_ns) / count)
         if self.judge(0, slot, self.scheduler.first(slot), count, self.scheduler.attempt(slot)) == VERDICT_DELIVER:
@@ -348,9 +364,14 @@ cdef class Master(Deliverer):
 
     # ---- facts ---------------------------------------------------------------------------------------------------
 
-    def busy_slaves(self):
-        """How many slaves hold jobs."""
-        return sum(self.scheduler.held(slave) > 0 for slave in range(1, self.slave_count + 1))
+    cdef int64_t done_count(self) except -1:
+        cdef int slot, state
+        cdef int64_t count = self.next_index - self.again_count - self.collected
+        for slot in range(self.scheduler.batch_count):
+            state = self.scheduler.state_of_batch(slot)
+            if state == BATCH_WAITING or state == BATCH_SENT or state == BATCH_ENDED:
+                count -= self.scheduler.jobs(slot)
+        return max(0, count)
 
     def counters(self):
         """What happened so far, for the log."""
@@ -358,6 +379,7 @@ cdef class Master(Deliverer):
                 "messages refused": self.scheduler.refused + self.dropped, "batches sent again": self.scheduler.resent,
                 "slaves lost": self.scheduler.lost, "slaves suspected": self.scheduler.suspected,
                 "slaves reinstated": self.scheduler.reinstated,
+                "own messages handled": self.letters_handled, "own messages dropped": self.letters_dropped,
                 "from journal": 0 if self.journal is None else self.journal.delivered}
 
     # ---- the end -------------------------------------------------------------------------------------------------
@@ -394,11 +416,12 @@ cdef class Master(Deliverer):
             self.failed = bool(self.failed or self.dead or self.missing)
             if self.failed:
                 # what was sent to them may still be read
-                aside.extend((buffers, self.slot_buffers, self.slab, self.shares, self.shared_data))
+                aside.extend((buffers, self.slot_buffers, self.slab, self.shares, self.shared_data, self.sending))
         except BaseException:
             # The user will not wait: MPI may still write to and read from all of these, and ranks wait for a word.
             self.failed = True
-            aside.extend((buffers, self.messages, self.body_buffers, self.slot_buffers, self.slab, self.shares, self.shared_data))
+            aside.extend((buffers, self.messages, self.body_buffers, self.slot_buffers, self.slab))
+            aside.extend((self.shares, self.shared_data, self.sending))
             raise
         finally:
             self.parting = False
@@ -414,7 +437,7 @@ cdef class Master(Deliverer):
         if self.body_count > 0 or not self.all_sent():
             return False
         with gil:
-            return self.all_shared(self.gone)
+            return self.all_shared(self.gone) and self.letters_sent()
 
     cdef bint all_sent(self) except -1 nogil:
         """Whether no slot is being sent any more to anybody who is there."""

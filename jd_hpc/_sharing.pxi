@@ -62,7 +62,7 @@ cdef class Sharer(Link):
                 self.send(&share.out, rank)
             else:
                 header.body_bytes = self.shared_bytes
-                self.send_with(&share.out, rank, <char *> cnp.PyArray_DATA(self.shared_data))
+                self.send_apart(&share.out, <char *> cnp.PyArray_DATA(self.shared_data), rank)
         return 0
 
     cdef bint all_shared(self, int *gone) except -1:

@@ -9,7 +9,7 @@ class StoppedAtWork(BaseException):
 
 
 @cython.final
-cdef class Slave(Link):
+cdef class Slave(Correspondent):
     """A rank that runs jobs.
 
     Parameters
@@ -32,7 +32,6 @@ cdef class Slave(Link):
     cdef int32_t *codes                 # what the kernel returned
     cdef int *queue                     # receives that hold a message not looked at yet, in order of arrival
     cdef int queue_length
-    cdef bint stopped
     cdef readonly bint failed           # the master says that ranks failed
     cdef readonly bint parted           # the goodbye has gone out
     cdef readonly bint drained          # the master says that not all jobs have ended
@@ -76,7 +75,7 @@ cdef class Slave(Link):
         for i in range(self.out_count):
             self.outs[i].head = self.outs[i].body = MPI_REQUEST_NULL
             self.set_out(i, Buffer(out_bytes, self.result_rows, HEADER_BYTES, True))
-        self.post(0, credit + 2, credit + 2, self.job_rows)
+        self.post(0, credit + 2, credit + 2 + LETTERS_MOST, self.job_rows)
 
     cdef int set_out(self, int i, Buffer buffer) except -1:
         self.out_buffers[i] = buffer
@@ -171,6 +170,12 @@ cdef class Slave(Link):
             moved = True
         if self.stopped:
             return True
+        if self.letter_count:
+            with gil:
+                if self.handle_letters():
+                    moved = True
+            if self.letter_count:  # what came before a batch is handled before it runs
+                return moved
         if self.body_count:
             i = self.finished_body()
             if i >= 0:
@@ -223,6 +228,10 @@ cdef class Slave(Link):
         elif header.kind == KIND_SHARED:
             with gil:
                 self.take_shared(i)
+            self.repost(i)
+        elif header.kind == KIND_TELL or header.kind == KIND_HEARD:
+            with gil:
+                self.take_letter(header)
             self.repost(i)
         elif header.kind == KIND_JOBS and header.body_bytes > INLINE_BYTES:
             with gil:
@@ -421,6 +430,7 @@ cdef class Slave(Link):
             self.parted = True
         except BaseException:
             self.failed = True  # the master waits for the goodbye
+            aside.append(self.sending)
             raise
         self.release_held()
 
@@ -453,4 +463,5 @@ cdef class Slave(Link):
         for i in range(self.out_count):
             if not self.is_sent(&self.outs[i]):
                 return False
-        return True
+        with gil:
+            return self.tidy(0)

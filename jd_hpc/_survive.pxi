@@ -1,6 +1,10 @@
 # What the master does about slaves that fail: between _jobs.pxi, which sends, and _master.pxi, which runs the loop.
 
-cdef class Survivor(JobSender):
+cdef enum:
+    PROGRESS_NS = 100_000_000   # between two looks at the counters
+
+
+cdef class Survivor(Postmaster):
     """Carries out what the watch (survival.py) decides, and keeps what is known of jobs whose slaves failed."""
     cdef object watch                   # survival.Watch, or None: nobody is watched
     cdef object acknowledge             # asks MPI which ranks it knows to have failed
@@ -12,28 +16,18 @@ cdef class Survivor(JobSender):
     cdef int again_count
     cdef bint mpi_failed                # an MPI call told of a rank that failed
     cdef list broken_off                # (rank, why): what was on its way between us will never be complete
-    cdef bint attention                 # there are parcels, or a failure
-    cdef object failure                 # raised by run_jobs
-    cdef bint stopping
     cdef readonly bint failed           # ranks failed: nobody may finalize MPI at the end of the program
-    cdef int *gone                      # for each rank: nobody waits for it any more
     cdef int *said_bye                  # likewise: it has left the run
-    cdef int *distrusted                # likewise: it sent what no slave sends
     cdef int64_t grace_ns               # how long those that may come back are waited for at the end
     cdef int64_t stragglers_since_ns
     cdef int64_t failed_ns              # when a slave failed last
+    cdef public object progress         # progress.Progress, or None
+    cdef int64_t progress_ns            # when it is given the counters next
+    cdef int64_t failed_count           # jobs that went to process_failure
     cdef int64_t stop_by_ns             # at the end of a run that was drained nobody is waited for any longer; 0: no limit
 
     def __dealloc__(self):
-        free(self.gone)
         free(self.said_bye)
-        free(self.distrusted)
-
-    cdef int fail(self, object error) except -1:
-        if self.failure is None:
-            self.failure = error
-        self.attention = True
-        return 0
 
     @property
     def watched(self):
@@ -76,12 +70,27 @@ cdef class Survivor(JobSender):
                     self.note("back", slave=slave, how=how)
                     logger.warning("slave %d is taken on again: %s", slave, how)
             self.look_for_keepers(self.dead, self.missing)
+            if self.progress is not None and now >= self.progress_ns:
+                self.progress_ns = now + PROGRESS_NS
+                self.progress.tick(now * 1e-9, self.counts)
             if self.stopping:
                 self.look_for_stragglers(now)
             else:
                 self.look_at_the_clock(now)
         except BaseException as error:
             self.fail(error)
+        return 0
+
+    def counts(self):
+        """How many jobs have ended, have failed; how many slaves are busy, and are up."""
+        return self.done_count(), self.failed_count, self.busy_slaves(), self.scheduler.up_count
+
+    def busy_slaves(self):
+        """How many slaves hold jobs."""
+        return sum(self.scheduler.held(slave) > 0 for slave in range(1, self.scheduler.slave_count + 1))
+
+    cdef int64_t done_count(self) except -1:
+        """Jobs that were given out and have come to their end."""
         return 0
 
     cdef int renew_receives(self) except -1:
@@ -160,6 +169,7 @@ cdef class Survivor(JobSender):
         if self.distrusted[slave]:
             return 0
         self.distrusted[slave] = True
+        self.drop_incoming(slave)
         try:
             logger.warning("rank %d is not believed any more: %s", slave, why)
             self.miss(slave, "it broke the protocol: " + why)
@@ -172,9 +182,16 @@ cdef class Survivor(JobSender):
         return self.distrust(source, why)
 
     cdef int forget(self, int rank) except -1:
-        """Nobody waits for this rank any more. A receive from it may hang for ever if it is waited for, or cancelled."""
-        cdef int i
+        """Nobody waits for this rank any more."""
         self.gone[rank] = True
+        aside.extend(self.sending[rank])
+        self.sending[rank].clear()
+        return self.drop_incoming(rank)
+
+    cdef int drop_incoming(self, int rank) except -1:
+        """What is on its way from this rank may never come. A receive may hang for ever if it is waited for, or cancelled."""
+        cdef int i
+        self.drop_line(rank)
         for i in range(self.body_count - 1, -1, -1):
             if self.bodies[i].source == rank:
                 aside.append(self.take_body(i))
@@ -216,6 +233,7 @@ cdef class Survivor(JobSender):
         for slot in range(self.scheduler.batch_count):
             if self.scheduler.holder(slot) == slave and self.scheduler.state_of_batch(slot) == BATCH_SENT:
                 indices.extend(range(self.scheduler.first(slot), self.scheduler.first(slot) + self.scheduler.jobs(slot)))
+        self.drop_waiting(slave)
         struck = self.scheduler.running(slave)
         if struck >= 0 and self.scheduler.state_of_batch(struck) == BATCH_SENT:
             self.histories.setdefault(struck, []).append((slave, how))

@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jd_hpc.errors import JobError
+from jd_hpc.errors import JobError, MessageError
 from jd_hpc.history import path_of as history_path_of
 from jd_hpc.journal import path_of as journal_path_of
 from jd_hpc.machine import LEAST_HEARTBEAT_S, LocalMachine, MPIMachine, as_machine
+from jd_hpc.messages import Filter, Handler, Handlers
 from jd_hpc.plan import Hook, Plan
+from jd_hpc.progress import wanted
 from jd_hpc.runs import Run
 from jd_hpc.signals import Drains
 from jd_hpc.streams import SEED_MOST, stream
@@ -83,6 +85,9 @@ class JobDispatcher:
     window : int, optional
         With `ordered`: so many jobs, rounded up to whole messages, may be fetched and not handed over; then `next_job` waits for
         the oldest one. Default: eight times what all slaves may hold, and what `next_jobs` is asked ahead.
+    progress : bool or int, optional
+        True, or how many jobs there are: the master shows a bar on stderr, by tqdm, or a line per minute where that is no terminal
+        (docs/progress.md). Default: the environment variable JD_HPC_PROGRESS, else none.
 
     Raises
     ------
@@ -102,6 +107,8 @@ class JobDispatcher:
         Likewise. False: a NaN in a numeric job or result is an error.
     payload_limit : int
         Likewise. Bytes of the largest message; a larger one is refused with an error.
+    job_count : int or None
+        Likewise, or set in `reset`. How many jobs there are, where that is known: only `progress` wants to know.
     machine : LocalMachine or MPIMachine
         Tells slots, hosts and who is master.
     stats : dict of str to int
@@ -118,6 +125,7 @@ class JobDispatcher:
     kernel: Any = None
     allow_nan: bool = True
     payload_limit: int = 1 << 36
+    job_count: int | None = None
     from_journal: bool = False
     first_index: int = 0
 
@@ -144,6 +152,7 @@ class JobDispatcher:
         seed: int = 0,
         ordered: bool = False,
         window: int | None = None,
+        progress: bool | int | None = None,
     ) -> None:
         self.grain = _number("grain", 1 if grain is None else grain, 1, 1 << 30)
         self.credit = _number("credit", 2 if credit is None else credit, 1, 1 << 10)
@@ -165,6 +174,7 @@ class JobDispatcher:
         self.seed = _number("seed", seed, 0, SEED_MOST)
         self.ordered = bool(ordered)
         self.window = None if window is None else _number("window", window, 1, 1 << 40)
+        self.progress = wanted(progress)
         if 0 < self.heartbeat_s < LEAST_HEARTBEAT_S:
             raise ValueError(f"heartbeat_s = {heartbeat_s} is out of range: it is 0, or at least {LEAST_HEARTBEAT_S}")
         if self.liveness_timeout_s < 2 * self.heartbeat_s:
@@ -180,6 +190,8 @@ class JobDispatcher:
             raise ValueError(f"min_slaves = {min_slaves} is more than max_slaves = {max_slaves}; no run could ever use slaves")
         self.machine: LocalMachine | MPIMachine = as_machine(vm)
         self.stats: dict[str, int] = {}
+        self._handlers = Handlers()
+        self._post: Any = None  # what carries messages, while a run is on
 
     # ---- hooks -------------------------------------------------------------------------------------------------------
 
@@ -298,6 +310,71 @@ class JobDispatcher:
     def comm(self) -> Any:
         """The communicator of the ranks that run a job together, in `process_job` (see MPIMachine): of one rank by default."""
         return self.machine.group_comm
+
+    # ---- messages of your own (docs/messages.md) -----------------------------------------------------------------------
+
+    def add_handler(self, message_type: type, handler: Handler, filter: Filter | None = None) -> None:
+        """Any rank: have messages of this class, or of one derived from it, handled here.
+
+        Parameters
+        ----------
+        message_type : type
+            Of the messages. The first handler that was added, and fits, gets a message: like `except` clauses.
+        handler : callable
+            Called with (source, message); `source` is a rank, 0 the master. Returns None, or pairs (destination, message) to send.
+        filter : callable, optional
+            Called with the same before; the handler is not called if this returns something false. A message that every filter
+            refuses is dropped.
+        """
+        self._handlers.add(message_type, handler, filter)
+
+    def tell(self, message: Any, destination: int = 0) -> None:
+        """Any rank, in hooks, handlers and jobs: send an object to the handler that another rank has for it.
+
+        The master never waits, and drops what is for a slave that is not up. A slave waits while 8 of its messages are not handled
+        yet. Between slaves a message goes by way of the master. What one rank sends to another, results and jobs included, keeps
+        its order.
+
+        Parameters
+        ----------
+        message : object
+            Anything that can be pickled.
+        destination : int
+            A rank: 0 is the master.
+
+        Raises
+        ------
+        MessageError
+            Outside a run or its thread, if there is no such rank, or if 1024 messages wait for that slave already.
+        PayloadError
+            If it cannot be pickled, or is over `payload_limit`.
+        """
+        self._carrier().tell(message, destination)
+
+    def broadcast(self, message: Any) -> int:
+        """Master: send an object to all slaves that are up, as `tell` does; return to how many it went."""
+        count: int = self._carrier().broadcast(message)
+        return count
+
+    def poll(self) -> int:
+        """Slave, in a long job: handle the messages that have come; return how many these were.
+
+        Cheap when there is none. It ends the job when the run is stopped. On the master it does nothing: its handlers are called
+        between its hooks.
+        """
+        post = self._post
+        if post is None:
+            post = self._carrier()
+        count: int = post.poll_letters()
+        return count
+
+    def _carrier(self) -> Any:
+        if self._post is None:
+            raise MessageError(
+                "tell(), broadcast() and poll() are for hooks, handlers and jobs of a run, and there is none now. Cure: call them "
+                "from on_startup on, until the last result"
+            )
+        return self._post
 
     # ---- the run -----------------------------------------------------------------------------------------------------
 

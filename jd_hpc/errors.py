@@ -140,6 +140,14 @@ class ChaosError(JdError):
         super().__init__("an exception on demand, from jd_hpc.chaos: nothing else is wrong")
 
 
+class MessageError(JdError, RuntimeError):
+    """A message of your own that cannot be sent, or that nobody handles."""
+
+
+class ProgressError(JdError, ImportError):
+    """A progress bar is wanted, and what draws it is not installed."""
+
+
 class JournalError(JdError, RuntimeError):
     """Base of the errors about the journal of a run."""
 

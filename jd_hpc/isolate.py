@@ -59,6 +59,8 @@ class IsolatedEvaluator(Evaluator):
         Called about every `wait_s` seconds while a batch runs, without arguments. What it raises ends the batch, and the child.
     wait_s : float
         See `on_wait`.
+    in_child : callable, optional
+        Called in the child before its first batch, without arguments.
 
     Attributes
     ----------
@@ -81,6 +83,7 @@ class IsolatedEvaluator(Evaluator):
         close_fds: Iterable[int] = (),
         on_wait: Callable[[], object] | None = None,
         wait_s: float = 0.1,
+        in_child: Callable[[], object] | None = None,
     ) -> None:
         self._pid: int | None = None
         self._shared: Shared | None = None
@@ -96,6 +99,7 @@ class IsolatedEvaluator(Evaluator):
         self.close_fds = close_fds
         self._on_wait = on_wait
         self._wait_s = wait_s
+        self._in_child = in_child
         self._rank = os.getpid()
         self._pidfd: int | None = None
         self._turn = 0
@@ -303,6 +307,8 @@ class IsolatedEvaluator(Evaluator):
                 pid = os.fork()
             if pid == 0:
                 try:
+                    if self._in_child is not None:
+                        self._in_child()
                     Child(self._inner, shared, self._turn, self._memory_limit).live(self._rank, self.close_fds, mask)
                 finally:
                     os._exit(70)  # whatever happens, there is only one rank

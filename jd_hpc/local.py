@@ -12,6 +12,7 @@ from jd_hpc._batch import Buffer, Evaluator
 from jd_hpc.errors import Failure, JobError, PayloadError
 from jd_hpc.payload import as_rows, block_length, check_finite, pick
 from jd_hpc.plan import Plan
+from jd_hpc.progress import Progress
 from jd_hpc.signals import Asked, pass_on
 from jd_hpc.walltime import Drain
 
@@ -80,12 +81,19 @@ class Engine:
         plan = self._plan
         if plan.journal is not None and plan.journal.replays and self._replay(plan.journal):
             return
-        while len(jobs := _next_batch(plan, self.count)):
+        while True:
+            jobs = _next_batch(plan, self.count)
+            if plan.post is not None and plan.post.settle():  # handlers may have made jobs
+                jobs = jobs if len(jobs) else _next_batch(plan, self.count)
+            if not len(jobs):
+                return
             self.count += len(jobs)
             if self._clock.is_over():
                 self.put_back = len(jobs)
                 return
             _run(plan, self._evaluator, self._clock, self.count - len(jobs), jobs)
+            if plan.progress is not None:
+                _show(plan.progress, self.count, plan.failed_count)
 
     def _replay(self, journal: Journal) -> bool:
         """Deliver what the journal has, and run what it lacks, in batches as they were. Returns whether it was all."""
@@ -114,6 +122,11 @@ class Engine:
         self._evaluator.close()
 
 
+def _show(progress: Progress, done: int, failed: int) -> None:
+    """Say how far the run is."""
+    progress.tick(time.monotonic(), lambda: (done, failed, 1, 1))
+
+
 def _run(plan: Plan, evaluator: Evaluator, clock: _Clock, first: int, jobs: Any) -> None:
     """Evaluate a batch and hand over what came of it."""
     begun = time.monotonic()
@@ -134,7 +147,15 @@ def _evaluate(plan: Plan, evaluator: Evaluator, jobs: Any, first: int) -> tuple[
         out = Buffer(count * plan.result_rows.row_bytes, plan.result_rows, 0, True)
     if plan.history is not None:
         plan.history.lines.sent(0, 0, first, count, 0)
-    failures = Failure.of_all(evaluator.evaluate(jobs, count, out, objects, first))
+    if plan.post is None:
+        failures = Failure.of_all(evaluator.evaluate(jobs, count, out, objects, first))
+    else:
+        plan.post.settle()  # what the hooks have left
+        plan.post.in_job = True
+        try:
+            failures = Failure.of_all(evaluator.evaluate(jobs, count, out, objects, first))
+        finally:
+            plan.post.in_job = False
     if plan.history is not None:
         plan.history.lines.result(VERDICT_DELIVER, 0, 0, first, count, 0)
     if out is None:
@@ -215,6 +236,7 @@ def _deliver(plan: Plan, first: int, jobs: Any, results: Any, failures: dict[int
             error = JobError(first + at, 0, failures[at], attempts.get(at, ()))
             if plan.history is not None and plan.order is None:
                 plan.history.failed(error)
+            plan.failed_count += 1
             plan.process_failure(first + at, jobs[at], error)
         elif plan.process_results is None:
             _note_delivery(plan, first + at)

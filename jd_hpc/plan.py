@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from jd_hpc import kernel as kernels
 from jd_hpc._batch import Evaluator, Rows
 from jd_hpc.errors import KernelError, PayloadError
+from jd_hpc.messages import NoPost
 from jd_hpc.ordering import CREDITS, Order
 from jd_hpc.payload import check_dtype
 from jd_hpc.wire import PROTOCOL
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from jd_hpc.groups import Team
     from jd_hpc.history import History
     from jd_hpc.journal import Journal
+    from jd_hpc.messages import LocalPost
+    from jd_hpc.progress import Progress
     from jd_hpc.sharing import Sharing
 
 Hook = Callable[..., Any]
@@ -94,6 +98,10 @@ class Plan:
         self.on_job_sent = own("on_job_sent")
         self.on_result = own("on_result")
         self.history: History | None = None  # the master's, where there is one; see `tell`
+        self.in_child = partial(setattr, dispatcher, "_post", NoPost())  # in the process that isolate runs jobs in
+        self.post: LocalPost | None = None  # without a vm
+        self.progress: Progress | None = None  # likewise
+        self.failed_count = 0  # likewise
         self.kernel = self._kernel(dispatcher.kernel)
         self.read_ahead = self._read_ahead()
         self.journal: Journal | None = None  # on the master, if the run has one
@@ -162,6 +170,7 @@ class Plan:
             job_timeout_s=self.job_timeout_s,
             memory_limit=self.memory_limit,
             on_wait=on_wait,
+            in_child=self.in_child,
         )
 
     def run_one(self, job: Any, index: int) -> Any:

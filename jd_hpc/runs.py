@@ -21,7 +21,9 @@ from jd_hpc.errors import MasterLostError, Unfinished
 from jd_hpc.history import History
 from jd_hpc.journal import Journal
 from jd_hpc.machine import Channel, LocalMachine, MPIMachine, load_core, mpi_name
+from jd_hpc.messages import LocalPost
 from jd_hpc.plan import Plan
+from jd_hpc.progress import Progress
 from jd_hpc.signals import Asked, Drains, Interrupts
 from jd_hpc.survival import Watch
 from jd_hpc.walltime import Drain, Walltime
@@ -117,13 +119,16 @@ class Run:
         try:
             plan = self._make_plan()
             plan.tell(history.begin(self._facts(0)))
-            with self._journal(plan):
+            plan.post = dispatcher._post = LocalPost(dispatcher._handlers)
+            with self._journal(plan), self._progress() as plan.progress:
                 dispatcher.on_startup()
                 dispatcher.reset()
                 self._share_alone(plan)
                 drain = None if self._asked is None else self._make_drain(plan)  # inside another run's job: that one's business
                 with contextlib.closing(local.Engine(plan, drain, self._asked)) as engine:
                     self._work(engine)
+                if plan.progress is not None:
+                    plan.progress.tick(0.0, lambda: (engine.count - engine.put_back, plan.failed_count, 0, 1), last=True)
             stored = 0 if plan.journal is None else plan.journal.delivered
             dispatcher.stats = history.counters = {"jobs": engine.count, "from journal": stored}
             if engine.put_back:
@@ -131,6 +136,7 @@ class Run:
             self._log("%d jobs were evaluated locally", engine.count - stored)
             return dispatcher.postprocess()
         finally:
+            dispatcher._post = None
             dispatcher.on_shutdown()
 
     # ---- the master --------------------------------------------------------------------------------------------------
@@ -152,6 +158,8 @@ class Run:
                     opened.enter_context(self._journal(plan))
                     if plan.shared is not None and slaves:
                         plan.sharing = sharing.Sharing(channel.hosts)
+                    master.progress = progress = opened.enter_context(self._progress())
+                    dispatcher._post, master.handlers = master, dispatcher._handlers  # first: slaves may be there already
                     master.begin(plan, slaves)
                     self._watch(channel, master)
                     master.drain_by(self._make_drain(plan), self._asked)
@@ -163,8 +171,10 @@ class Run:
                     else:
                         self._share(plan, master, opened.enter_context(sharing.Holder()))
                     self._work(master)
+                    if progress is not None:
+                        progress.tick(0.0, master.counts, last=True)
                 finally:
-                    machine.busy = None
+                    machine.busy = dispatcher._post = None
                     try:
                         self._stop(channel, master)
                     except BaseException:
@@ -221,6 +231,7 @@ class Run:
                 plan = self._make_plan()
                 plan.team = self._team(plan, machine, slave, core.StoppedAtWork)
                 slave.begin(plan)
+                dispatcher._post, slave.handlers = slave, dispatcher._handlers
                 slave.beat = channel.beat_every(plan.heartbeat_s)
                 with channel.limited(dispatcher.job_timeout_s):
                     dispatcher.on_startup()
@@ -243,6 +254,7 @@ class Run:
             else:
                 slave.leave()
             finally:
+                dispatcher._post = None
                 slave.close()
                 opened.close()
                 self._claim.release()
@@ -286,6 +298,13 @@ class Run:
             return contextlib.nullcontext()
         plan.journal = Journal(self._journal_path, plan, self._dispatcher)
         return plan.journal
+
+    def _progress(self) -> contextlib.AbstractContextManager[Progress | None]:
+        """What shows how far the run is, if that is wanted."""
+        dispatcher, option = self._dispatcher, self._dispatcher.progress
+        if option is False:
+            return contextlib.nullcontext()
+        return Progress((lambda: dispatcher.job_count) if option is True else lambda: option)
 
     def _make_drain(self, plan: Plan) -> Drain:
         """Return what decides when nothing more goes out."""

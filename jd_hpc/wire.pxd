@@ -17,6 +17,7 @@ cdef enum:
     FAILURE_LENGTH_BYTES = 8
     MOST_ATTEMPTS = 255
     UNIT_FROM_BYTES = 1 << 30
+    LETTERS_MOST = 8
 
 cdef enum:
     KIND_READY = 1
@@ -28,6 +29,8 @@ cdef enum:
     KIND_ERROR = 7
     KIND_FAILURES = 8
     KIND_DRAIN = 9
+    KIND_TELL = 10
+    KIND_HEARD = 11
     KIND_SHARED = 12
     KIND_BROKEN = 13
 
@@ -38,6 +41,6 @@ cdef struct Header:
     uint16_t run            # which run() of this communicator, modulo 2^16: fences off what an earlier one left
     uint16_t body_tag       # where the body comes, when it is too long to travel in the message
     int64_t first           # number of the batch's first job
-    int32_t count           # jobs in the batch
-    int32_t slot            # the master's slot for the batch
+    int32_t count           # jobs in the batch; of HEARD: messages
+    int32_t slot            # the master's slot for the batch; of TELL: whom it is for, and on a slave whom it is from
     int64_t body_bytes      # payload after the header, inline or in a message of its own

@@ -31,13 +31,16 @@ UNIT_FROM_BYTES: Final = 1 << 30
 UNIT_BYTES: Final = 1 << 20
 
 KINDS: Final = {
-    "READY": 1, "JOBS": 2, "RESULTS": 3, "STOP": 4, "BYE": 5, "INTERRUPT": 6, "ERROR": 7, "FAILURES": 8, "DRAIN": 9,
-    "SHARED": 12, "BROKEN": 13,
+    "READY": 1, "JOBS": 2, "RESULTS": 3, "STOP": 4, "BYE": 5, "INTERRUPT": 6, "ERROR": 7, "FAILURES": 8, "DRAIN": 9, "TELL": 10,
+    "HEARD": 11, "SHARED": 12, "BROKEN": 13,
 }  # fmt: skip
+"""TELL carries a message of the user's own, HEARD says how many more of those were handled."""
 
 FAILURE_LENGTH_BYTES: Final = 8
 """FAILURES carries results, the pickled failures, and at the very end the length of the latter as an int64."""
 MOST_ATTEMPTS: Final = 255
+LETTERS_MOST: Final = 8
+"""So many TELL may be on their way from one rank to another: sent, and not yet HEARD."""
 
 HEADER_DTYPE: Final = np.dtype(
     [

@@ -66,7 +66,12 @@ def test_a_slave_that_dies(launch):
 
 @pytest.mark.parametrize(
     ("words", "error"),
-    [([], "no script"), (["-m"], "no script"), (["none.py"], "no such script: none.py"), (["-m", "no_such_module"], "no such module")],
+    [
+        ([], "no script"),
+        (["-m"], "no script"),
+        (["none.py"], "no such script: none.py"),
+        (["-m", "no_such_module"], "no such module"),
+    ],
 )
 def test_a_wrong_command_line(launch, words, error):
     class Words(Launch):

@@ -163,7 +163,8 @@ def test_a_timeout(comm):
 
 
 def test_an_initializer(comm):
-    assert together(comm, lambda pool: list(pool.map(get_known, range(20))), initializer=set_up, initargs=(10,)) == list(range(10, 30))
+    options = {"initializer": set_up, "initargs": (10,)}
+    assert together(comm, lambda pool: list(pool.map(get_known, range(20))), **options) == list(range(10, 30))
 
 
 def test_cancel(comm):

@@ -1,4 +1,4 @@
-"""CPython's own tests of executors on jd_hpc's, for `python -m jd_hpc.futures`. Argument: the folder of test_concurrent_futures.py."""
+"""CPython's own tests of executors on ours, for `python -m jd_hpc.futures`. Argument: where test_concurrent_futures.py is."""
 
 import sys
 import unittest
@@ -37,7 +37,7 @@ class Shutdown(OursMixin, theirs.ExecutorShutdownTest, theirs.BaseTestCase):
 
 
 class Initializer(OursMixin, theirs.BaseTestCase):
-    executor_kwargs = {"initializer": theirs.init, "initargs": ("initialized",)}
+    executor_kwargs = {"initializer": theirs.init, "initargs": ("initialized",)}  # noqa: RUF012  theirs is one too
 
     def test_initializer(self):
         futures = [self.executor.submit(theirs.get_init_status) for _ in range(10)]
