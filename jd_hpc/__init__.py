@@ -1,7 +1,10 @@
 """jd_hpc: a job dispatcher for many independent jobs and an MPI allocation."""
 
+from jd_hpc.dispatch import dispatch
 from jd_hpc.dispatcher import JobDispatcher
 from jd_hpc.errors import (
+    CallError,
+    CollectorError,
     FamilyError,
     HistoryError,
     IsolationError,
@@ -31,6 +34,8 @@ from jd_hpc.machine import LocalMachine, MPIMachine
 __version__ = "0.1.0"
 
 __all__ = [
+    "CallError",
+    "CollectorError",
     "Executor",
     "FamilyError",
     "HistoryError",
@@ -58,4 +63,5 @@ __all__ = [
     "Unfinished",
     "WalltimeError",
     "__version__",
+    "dispatch",
 ]
