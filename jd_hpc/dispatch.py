@@ -3,7 +3,7 @@
 The rules it keeps:
 
 - What the user gave is first touched inside the run, where an error reaches the other ranks.
-- Of the jobs only those that slaves hold are kept.
+- Of the jobs only those that are on their way are kept.
 - A collector that was started is closed, however the run ends.
 """
 
@@ -130,122 +130,56 @@ def dispatch(
     machine = as_machine(vm)
     if not remote and not machine.is_master:
         return None
+    exchange = Exchange(jobs, collector, build_result_list)
     options.update(vm=machine if remote else None, grain=grain, credit=credit)
-    dispatcher = Dispatch(jobs, collector, build_result_list, on_error, **options)
     try:
-        results: list[Any] | None = dispatcher.run(journal)
+        results: list[Any] | None = Dispatch(exchange, on_error, **options).run(journal)
     finally:
-        dispatcher.close_collector()
+        exchange.close()
     return results
 
 
-class Dispatch(JobDispatcher):
-    """The dispatcher behind `dispatch`, which has the parameters.
+class Exchange:
+    """Where jobs come from and results go to.
+
+    Parameters
+    ----------
+    jobs, collector, build_result_list
+        As for `dispatch`; first touched by `begin`.
 
     Attributes
     ----------
     in_flight : dict of int to object
-        On the master: jobs that were asked for and have not ended, by their numbers.
+        The jobs that were asked for and whose results were not delivered, by their numbers.
+    is_over : bool
+        Whether there are no more jobs.
+    results : list or None
+        The results so far, in the order of the jobs, if they are kept.
     """
 
-    def __init__(
-        self,
-        jobs: Iterable[Any],
-        collector: Collector | None = None,
-        build_result_list: bool | None = None,
-        on_error: str = "raise",
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        if on_error not in ("raise", "return"):
-            raise ValueError(f'on_error = {on_error!r} is unknown: it can be "raise" or "return"')
-        self._jobs = jobs
-        self._collector = collector
-        self._returns_errors = on_error == "return"
-        self._results: list[Any] | None = [] if build_result_list or (build_result_list is None and collector is None) else None
-        self._travels = self.isolate or not (isinstance(self.machine, LocalMachine) or self.machine.size == 1)
-        self._iterator: Iterator[Any] | None = None
-        self._begun = False
+    def __init__(self, jobs: Iterable[Any], collector: Collector | None, build_result_list: bool | None) -> None:
+        self._jobs, self._collector = jobs, collector
+        self._iterator: Iterator[Any] = iter(())
         self._count = 0
+        self._is_collecting = False
         self.in_flight: dict[int, Any] = {}
+        self.is_over = False
+        self.results: list[Any] | None = [] if build_result_list or (build_result_list is None and collector is None) else None
 
-    def reset(self) -> None:
-        """Start the collector, and make ready to ask for jobs."""
+    def begin(self) -> None:
+        """Start the collector, and make ready to ask for jobs.
+
+        Raises
+        ------
+        CallError, CollectorError
+            If `jobs` is no iterable, or the collector is none.
+        """
         try:
             self._iterator = iter(self._jobs)
         except TypeError as error:
             raise CallError(f"jobs is {shown(self._jobs)}; give a list or a generator of (callable, args, kwargs)") from error
         if self._collector is not None:
             self._begin_to_collect(self._collector)
-
-    def next_job(self) -> Any:
-        """Ask the iterator for a job."""
-        if self._iterator is None:
-            return None
-        try:
-            job = next(self._iterator)
-        except StopIteration:
-            self._iterator = None
-            return None
-        except Exception as error:
-            error.add_note(f"jobs raised this when it was asked for job {self._count}.")
-            raise
-        if job is None:
-            if not self.in_flight:
-                raise CallError(
-                    f"jobs gave None in place of job {self._count}, which is to say that results must come first; but no job is on "
-                    f"its way. Return from the generator to end the run"
-                )
-            return None
-        call = call_of(job, self._count) if self._travels else parts_of(job, self._count)
-        self.in_flight[self._count] = job
-        self._count += 1
-        return call
-
-    def process_job(self, job: calls.Call | Parts) -> Any:
-        """Make the call."""
-        if isinstance(job, calls.Call):
-            return calls.run(job)
-        function, args, kwargs = job
-        return function(*args, **kwargs)
-
-    def process_result(self, index: int, job: Any, result: Any) -> None:
-        """Hand a result over."""
-        job = self.in_flight.pop(index)
-        if self._results is not None:
-            missing = index + 1 - len(self._results)
-            if missing > 0:
-                self._results.extend([None] * missing)
-            self._results[index] = result
-        if self._collector is None:
-            return
-        try:
-            self._collector.send((index, job, result))
-        except StopIteration:
-            raise CollectorError(
-                f"the collector ended when it was given the result of job {index}. Let it loop for ever: "
-                f"while True: index, job, result = yield"
-            ) from None
-        except Exception as error:
-            error.add_note(f"The collector raised this when it was given the result of job {index}.")
-            raise
-
-    def process_failure(self, index: int, job: Any, error: JobError) -> None:
-        """End the run, or take the error for the result."""
-        if self._returns_errors:
-            self.process_result(index, job, error)
-        else:
-            super().process_failure(index, job, error)
-
-    def postprocess(self) -> list[Any] | None:
-        """Return the results, if they are kept."""
-        return self._results
-
-    def close_collector(self) -> None:
-        """Tell the collector that there is no more."""
-        if self._begun and self._collector is not None:
-            self._begun = False
-            self._collector.close()
 
     def _begin_to_collect(self, collector: Collector) -> None:
         cure = "call a generator function that loops: while True: index, job, result = yield"
@@ -257,4 +191,117 @@ class Dispatch(JobDispatcher):
             next(collector)
         except StopIteration:
             raise CollectorError(f"the collector ended before it came to a yield; {cure}") from None
-        self._begun = True
+        self._is_collecting = True
+
+    def next_job(self) -> tuple[int, Any] | None:
+        """Ask for a job: its number and itself, or None if there is none now.
+
+        Raises
+        ------
+        CallError
+            If it waits for a result that cannot come.
+        Exception
+            Whatever `jobs` raises.
+        """
+        if self.is_over:
+            return None
+        try:
+            job = next(self._iterator)
+        except StopIteration:
+            self.is_over = True
+            return None
+        except Exception as error:
+            error.add_note(f"jobs raised this when it was asked for job {self._count}.")
+            raise
+        if job is not None:
+            index = self._count
+            self.in_flight[index] = job
+            self._count += 1
+            return index, job
+        if not self.in_flight:
+            raise CallError(
+                f"jobs gave None in place of job {self._count}, which is to say that results must come first; but no job is on "
+                f"its way. Return from the generator to end the run"
+            )
+        return None
+
+    def deliver(self, index: int, result: Any, *more: Any) -> None:
+        """Hand a result over; the collector gets `more` with it.
+
+        Raises
+        ------
+        CollectorError
+            If the collector has ended.
+        Exception
+            Whatever the collector raises.
+        """
+        job = self.in_flight.pop(index)
+        if self.results is not None:
+            missing = index + 1 - len(self.results)
+            if missing > 0:
+                self.results.extend([None] * missing)
+            self.results[index] = result
+        if self._collector is None:
+            return
+        try:
+            self._collector.send((index, job, result, *more))
+        except StopIteration:
+            raise CollectorError(
+                f"the collector ended when it was given the result of job {index}. Let it loop for ever: "
+                f"while True: index, job, result = yield"
+            ) from None
+        except Exception as error:
+            error.add_note(f"The collector raised this when it was given the result of job {index}.")
+            raise
+
+    def close(self) -> None:
+        """Tell the collector, if it was started, that there is no more."""
+        if self._is_collecting and self._collector is not None:
+            self._is_collecting = False
+            self._collector.close()
+
+
+class Dispatch(JobDispatcher):
+    """The dispatcher behind `dispatch`, which has the parameters."""
+
+    def __init__(self, exchange: Exchange, on_error: str, **options: Any) -> None:
+        super().__init__(**options)
+        if on_error not in ("raise", "return"):
+            raise ValueError(f'on_error = {on_error!r} is unknown: it can be "raise" or "return"')
+        self._exchange = exchange
+        self._returns_errors = on_error == "return"
+        self._travels = self.isolate or not (isinstance(self.machine, LocalMachine) or self.machine.size == 1)
+
+    def reset(self) -> None:
+        """Make ready."""
+        self._exchange.begin()
+
+    def next_job(self) -> calls.Call | Parts | None:
+        """Ask for a job."""
+        given = self._exchange.next_job()
+        if given is None:
+            return None
+        index, job = given
+        return call_of(job, index) if self._travels else parts_of(job, index)
+
+    def process_job(self, job: calls.Call | Parts) -> Any:
+        """Make the call."""
+        if isinstance(job, calls.Call):
+            return calls.run(job)
+        function, args, kwargs = job
+        return function(*args, **kwargs)
+
+    def process_result(self, index: int, job: Any, result: Any) -> None:
+        """Hand a result over."""
+        self._exchange.deliver(index, result)
+
+    def process_failure(self, index: int, job: Any, error: JobError) -> None:
+        """End the run, or take the error for the result."""
+        if self._returns_errors:
+            self._exchange.deliver(index, error)
+        else:
+            super().process_failure(index, job, error)
+
+    def postprocess(self) -> list[Any] | None:
+        """Return the results, if they are kept."""
+        return self._exchange.results
