@@ -65,7 +65,7 @@ class Executor(BaseExecutor):
         **options: Any,
     ) -> None:
         if max_workers is not None and max_workers < 1:
-            raise ValueError(f"max_workers = {max_workers} must be at least 1")
+            raise ValueError(f"max_workers must be greater than 0, not {max_workers}")
         if initializer is not None and not callable(initializer):
             raise TypeError(f"initializer = {initializer!r} must be callable")
         options = {"max_slaves": max_workers, "initializer": initializer, "initargs": initargs, **options}
@@ -320,7 +320,11 @@ class Results:
                     raise chunk.error
                 if self._is_bounded:
                     self._put_one()
-                yield from chunk.value
+                values = chunk.value
+                values.reverse()
+                del chunk
+                while values:  # popped, so that nothing here keeps what the user has dropped
+                    yield values.pop()
         finally:
             for chunk in self._ahead:
                 chunk.is_unwanted = True

@@ -26,6 +26,9 @@ from jd_hpc.runs import Engine, Run
 LOOK_S = 0.05
 """How often an idle master hears who is still there."""
 
+BEGIN_WAIT_S = 1.0
+"""How long the slaves may take for that."""
+
 
 class Task(Protocol):
     """What a session runs. All is called in the session's thread; what these raise ends the run."""
@@ -66,6 +69,7 @@ class Server(JobDispatcher):
         self.waiting: deque[Task] = deque()
         self.begun: dict[int, Task] = {}
         self._number = 0
+        self.first_began = threading.Event()
 
     def on_startup(self) -> None:
         """Call the initializer."""
@@ -83,6 +87,8 @@ class Server(JobDispatcher):
             if job is not None:
                 self.begun[self._number] = task
                 self._number += 1
+                if self._number == 1:
+                    self.first_began.set()
                 return job
         return None
 
@@ -164,10 +170,12 @@ class Session:
     def _refuse(self) -> None:
         if self._error is not None:
             raise BrokenExecutor(f"the run has ended: {type(self._error).__name__}: {self._error}") from self._error
-        raise RuntimeError("it was shut down: nothing can be submitted any more")
+        raise RuntimeError("cannot schedule new futures after shutdown")
 
     def cancel(self) -> None:
-        """Forget what has not gone out."""
+        """Forget what has not gone out. A run that is just beginning may give out something first: then it is known to work."""
+        if self._server.waiting:
+            self._server.first_began.wait(BEGIN_WAIT_S)
         while self._server.waiting:
             with contextlib.suppress(IndexError):
                 self._server.waiting.popleft().cancel()
