@@ -17,6 +17,9 @@ from jd_hpc.session import Server, Session
 
 T = TypeVar("T")
 
+NAP_S = 0.0005
+"""How long whoever reads results sleeps while they come in faster than this."""
+
 
 class Executor(BaseExecutor):
     """Runs calls on the slaves of a communicator.
@@ -73,6 +76,7 @@ class Executor(BaseExecutor):
         self._options = options
         self._server = Server(comm if self._hub is None else self._hub.comm, **options)
         self._journal = journal
+        self._naps = _Naps()
         self._lock = threading.Lock()
         self._session: Session | None = None
         self._is_over = False
@@ -132,7 +136,8 @@ class Executor(BaseExecutor):
             If the run ended early: its cause says why.
         """
         session = self._session or self._begin()
-        future: Future[T] = Future()
+        future: _Future[T] = _Future()
+        future.naps = self._naps
         try:
             call = calls.call(function, args, kwargs)
         except Exception as error:
@@ -196,6 +201,37 @@ class Executor(BaseExecutor):
             if cancel_futures:
                 self._session.cancel()
             self._session.end(wait)
+
+
+class _Naps:
+    """Spares whoever takes one result after the other being woken for each: that costs more than a small call."""
+
+    def __init__(self) -> None:
+        self._taken_s = -NAP_S  # when a result that was waited for came in
+
+    def before_waiting(self) -> None:
+        """Sleep for a moment, if results come in fast."""
+        if time.monotonic() - self._taken_s < NAP_S:
+            time.sleep(NAP_S)
+
+    def after_waiting(self) -> None:
+        """It came in."""
+        self._taken_s = time.monotonic()
+
+
+class _Future(Future[T]):
+    """A future whose `result` naps."""
+
+    naps: _Naps
+
+    def result(self, timeout: float | None = None) -> T:
+        if self.done() or timeout is not None:
+            return super().result(timeout)
+        self.naps.before_waiting()
+        try:
+            return super().result()
+        finally:
+            self.naps.after_waiting()
 
 
 class _Submitted:
@@ -274,6 +310,7 @@ class Results:
         self._ahead: deque[_Chunk] = deque()
         self._done = threading.Condition()
         self._awaited: _Chunk | None = None
+        self._naps = _Naps()
         for _ in itertools.count() if most is None else range(most):
             if not self._put_one():
                 break
@@ -300,6 +337,7 @@ class Results:
                 self._done.notify()
 
     def _wait(self, chunk: _Chunk, end_s: float | None) -> None:
+        self._naps.before_waiting()
         self._awaited = chunk  # before the look: `note` looks after it has changed what we look at
         with self._done:
             while not chunk.is_done:
@@ -307,6 +345,8 @@ class Results:
                 if left_s is not None and left_s <= 0:
                     raise TimeoutError
                 self._done.wait(left_s)
+        self._awaited = None
+        self._naps.after_waiting()
 
     def items(self, end_s: float | None) -> Iterator[Any]:
         """Return the iterator; it raises TimeoutError after the time `end_s`."""
