@@ -48,6 +48,4 @@ seconds = run(options.jobs, options.grain)
 many = MPI.COMM_WORLD.gather(highest_memory_mb())
 if few and many:
     grown = ", ".join(f"{after - before:.1f}" for before, after in zip(few, many, strict=True))
-    print(
-        f"{options.jobs} jobs, grain {options.grain}: {options.jobs / seconds:.0f} jobs/s; memory grew by {grown} MB (ranks 0, 1, ...)"
-    )
+    print(f"{options.jobs} jobs, grain {options.grain}: {options.jobs / seconds:.0f} jobs/s; each rank's memory grew by {grown} MB")

@@ -10,6 +10,7 @@ The rules it keeps:
 
 from __future__ import annotations
 
+import atexit
 import socket
 import sys
 import threading
@@ -17,9 +18,9 @@ from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import BrokenExecutor
 from typing import Any, ClassVar
 
-from jd_hpc import calls, dispatcher
+from jd_hpc import calls, dispatcher, futures_server
 from jd_hpc.dispatch import Collector, Exchange, call_of, parts_of
-from jd_hpc.errors import LaunchError
+from jd_hpc.errors import Failure, JobError, LaunchError
 from jd_hpc.machine import MPIMachine
 from jd_hpc.session import Server, Session
 
@@ -189,6 +190,8 @@ class Task:
             self._value = function(*args, **kwargs)
         except Exception as error:
             self._error = error
+        except SystemExit as error:
+            self._error = JobError(self.tid, 0, Failure.of(error))
         self.is_done = True
 
     def result(self) -> Any:
@@ -212,8 +215,9 @@ class Task:
         self._system.note_end(self)
 
     def fail(self, error: BaseException) -> None:
-        """Take what the function raised, or what ended the run."""
-        self._error = error
+        """Take what the function raised, or what ended the run. A function that exits does not end the master."""
+        is_exit = not isinstance(error, Exception) and isinstance(error.__cause__, JobError)
+        self._error = error.__cause__ if is_exit else error
         self._system.note_end(self)
 
     def cancel(self) -> None:
@@ -263,6 +267,8 @@ class OpusOS:
             If it is no vm.
         RuntimeError
             If the slaves are gone.
+        LaunchError
+            Under ``python -m jd_hpc.futures``, where the slaves are another one's.
         """
         if vm is not None and not isinstance(vm, MPI):
             raise TypeError(f"setVM({vm!r}): give it a jd_hpc.pyopus.MPI(), or None")
@@ -271,12 +277,15 @@ class OpusOS:
             return
         if self._is_final:
             raise RuntimeError("setVM: finalize() has let the slaves go; call it once, at the end of the script")
+        if futures_server.Hub.current is not None:
+            raise LaunchError("under python -m jd_hpc.futures the slaves serve Executor(); leave -m jd_hpc.futures out for cOS")
         server = Server(vm.machine, credit=1, debug=min(2, max(vm.debug, self._debug)))
         vm.machine.channel()
         if not vm.machine.is_master:
             server.run()
             sys.exit(0)
         self._session = Session(server)
+        atexit.register(self.finalize)  # before the session's own, which would wait for all that has not gone out
 
     def setDebug(self, debug: int = 0) -> None:
         """Say how much is logged, 0 to 2. It counts when `setVM` is called."""
@@ -303,6 +312,7 @@ class OpusOS:
         session, self._session, self._vm = self._session, None, None
         if session is not None:
             self._is_final = True
+            atexit.unregister(self.finalize)
             session.cancel()
             session.end()
 

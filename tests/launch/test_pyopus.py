@@ -14,6 +14,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "from_pyopus.py"
 WRONG = {
     "job raises": (1, ["Boom: 10 is wrong", "This was job 10 of dispatch.", "JobError: job 10 failed on slave"]),
     "spawned raises": (1, ["Boom: 10 is wrong", "failed on slave"]),
+    "job exits": (1, ["JobError: job ", "SystemExit: 0", "This was job 3 of dispatch."]),
     "script raises": (1, ["Boom: the script is wrong"]),
     "script exits": (7, []),
     "not known there": (1, ["unknown", "AttributeError"]),
@@ -60,6 +61,10 @@ def test_what_goes_wrong_ends_all_ranks(wrong, way):
         assert word in ended.err
     assert "a slave came back" not in ended.err
     assert ended.err.count("Traceback (most recent call last)") <= 4
+
+
+def test_what_has_not_gone_out_is_not_waited_for(wrong):
+    assert wrong["script raises"].seconds < 30  # it would be 50 s
 
 
 def test_a_slave_that_dies_costs_no_result(launch):

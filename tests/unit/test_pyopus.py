@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from jd_hpc import CallError, JobDispatcher, pyopus
+from jd_hpc import CallError, JobDispatcher, JobError, pyopus
 from jd_hpc.pyopus import HostID, OpusOS, TaskID
 
 
@@ -53,6 +53,11 @@ def test_what_a_task_raises_comes_at_its_join(cos):
     with pytest.raises(Boom):
         cos.Join([bad])
     assert cos.Join() == {good: 4}
+
+
+def test_a_task_that_exits_does_not_end_the_script(cos):
+    with pytest.raises(JobError, match="SystemExit: 0"):
+        cos.dispatch([(sys.exit, [0])])
 
 
 def test_a_task_joins_its_own_children_only(cos):

@@ -91,8 +91,11 @@ def go():
     elif way == "spawned raises":
         cOS.Join([cOS.Spawn(fail_on, [10, 10], remote=True)])
     elif way == "script raises":
-        cOS.Spawn(slow, [1], remote=True)
+        for n in range(2000):
+            cOS.Spawn(slow, [n], remote=True, block=False)
         raise Boom("the script is wrong")
+    elif way == "job exits":
+        cOS.dispatch([(square, [n]) for n in range(3)] + [(sys.exit, [0])])
     elif way == "script exits":
         sys.exit(7)
     elif way == "not known there":
