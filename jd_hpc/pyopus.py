@@ -282,6 +282,7 @@ class OpusOS:
         server = Server(vm.machine, credit=1, debug=min(2, max(vm.debug, self._debug)))
         vm.machine.channel()
         if not vm.machine.is_master:
+            self._vm = None  # what a job spawns is run here
             server.run()
             sys.exit(0)
         self._session = Session(server)
@@ -361,7 +362,7 @@ class OpusOS:
         if targetHostID is not None:
             raise NotImplementedError("Spawn(targetHostID=...): the slave that is free first gets the task")
         task = None
-        if self._session is None or not remote:
+        if not (remote and self._sends):
             task = self._run_here(func, args, kwargs or {})
         else:
             call = calls.call(func, tuple(args), kwargs or {})
@@ -453,7 +454,7 @@ class OpusOS:
         try:
             exchange.begin()
             while True:
-                can_send = self._start_jobs(exchange, running, remote and self._session is not None)
+                can_send = self._start_jobs(exchange, running, remote and self._sends)
                 if exchange.is_over and not running:
                     break
                 index = self._wait_for_one(running, can_send)
@@ -500,6 +501,10 @@ class OpusOS:
         exchange.deliver(index, result, *([task.host] if tells_host else []))
 
     # ---- mechanics ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _sends(self) -> bool:
+        return self._vm is not None and self._session is not None
 
     def note_end(self, task: Task) -> None:
         """Session: a task has ended."""

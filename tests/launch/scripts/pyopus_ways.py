@@ -42,6 +42,16 @@ def dies_once(n):
     return n * n
 
 
+def spawns(n):
+    """On a slave everything is run there."""
+    assert MPI.taskID().number > 1 or cOS.getTid() > 1
+    tids = [cOS.Spawn(MPI.taskID, remote=True) for _ in range(n + 1)]
+    here = {task.rank for tid in tids for task in cOS.Join([tid]).values()}
+    assert cOS.dispatch([(square, [k]) for k in range(n)]) == [k * k for k in range(n)]
+    assert here == {MPI.taskID().rank}
+    return cOS.slots()
+
+
 def to_the_end():
     """Everything that is promised, one after the other, while the slaves serve."""
     size = cOS.slots()
@@ -80,6 +90,11 @@ def to_the_end():
             assert size == 1 or isinstance(error.__cause__, JobError)
         else:
             raise AssertionError("nothing was raised")
+    assert cOS.dispatch([(spawns, [n]) for n in range(4)]) == [1 if size == 1 else -1] * 4
+    vm = MPI()
+    cOS.setVM(None)
+    assert (cOS.slots(), cOS.dispatchSingle(MPI.taskID).rank) == (-1, 0)
+    cOS.setVM(vm)
     assert cOS.dispatch([(square, [2])] * 3) == [4, 4, 4]  # after all that
 
 
