@@ -1,8 +1,11 @@
 """jd_hpc: a job dispatcher for many independent jobs and an MPI allocation."""
 
 from jd_hpc.arrays import map_array
+from jd_hpc.dispatch import dispatch
 from jd_hpc.dispatcher import JobDispatcher
 from jd_hpc.errors import (
+    CallError,
+    CollectorError,
     FamilyError,
     GroupError,
     HistoryError,
@@ -37,6 +40,8 @@ from jd_hpc.machine import LocalMachine, MPIMachine
 __version__ = "0.1.0"
 
 __all__ = [
+    "CallError",
+    "CollectorError",
     "Executor",
     "FamilyError",
     "GroupError",
@@ -69,5 +74,6 @@ __all__ = [
     "Unfinished",
     "WalltimeError",
     "__version__",
+    "dispatch",
     "map_array",
 ]

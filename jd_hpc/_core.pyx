@@ -24,7 +24,9 @@ from mpi4py.libmpi cimport *
 
 from jd_hpc._batch cimport Buffer, Evaluator, Rows
 from jd_hpc._history cimport Lines
-from jd_hpc.scheduler cimport BATCH_ENDED, BATCH_SENT, BATCH_WAITING, SLAVE_LOST, SLAVE_UP, VERDICT_DELIVER, VERDICT_REFUSED, Scheduler
+from jd_hpc.scheduler cimport (
+    BATCH_ENDED, BATCH_SENT, BATCH_WAITING, SLAVE_LOST, SLAVE_UP, VERDICT_DELIVER, VERDICT_REFUSED, Scheduler,
+)
 from jd_hpc.wire cimport *
 
 import logging

@@ -5,7 +5,8 @@ The rules it keeps:
 - What cannot be pickled is the error of that call alone, and shows where it was made.
 - A function is pickled by name where pickle can do it; a lambda, or a function made inside another one, goes by cloudpickle, if
   that is installed.
-- A function is unpickled once per process, not once per call.
+- A function is unpickled once per process, not once per call. Other callables, such as methods of an object, are made anew for
+  every call: what one call finds in them must not depend on which slave ran the one before.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import importlib.util
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType
 from typing import Any, NamedTuple
 
 from jd_hpc.errors import PayloadError
@@ -104,9 +106,10 @@ _functions: OrderedDict[bytes, Callable[..., Any]] = OrderedDict()
 def _function(packed: bytes) -> Callable[..., Any]:
     function = _functions.get(packed)
     if function is None:
-        function = pickle.loads(packed)
-        assert callable(function)
-        _functions[packed] = function
+        made: Callable[..., Any] = pickle.loads(packed)
+        if not isinstance(made, FunctionType | type):
+            return made
+        function = _functions[packed] = made
         if len(_functions) > KNOWN_FUNCTIONS:
             _functions.popitem(last=False)
     elif len(_functions) == KNOWN_FUNCTIONS:

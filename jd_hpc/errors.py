@@ -16,6 +16,14 @@ class PayloadError(JdError, ValueError):
     """A job or a result that cannot travel: wrong dtype, wrong shape, illegal NaN, too large, not picklable."""
 
 
+class CallError(PayloadError):
+    """What was given as a job is no call, `(callable, args, kwargs)`, or its callable cannot travel."""
+
+
+class CollectorError(JdError, RuntimeError):
+    """What was given as a collector is no coroutine, or it ended before the jobs did."""
+
+
 class KernelError(JdError, ValueError):
     """What was given as a compiled kernel is none, or the kernel returned a number other than 0."""
 
