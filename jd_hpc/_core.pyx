@@ -24,7 +24,8 @@ from mpi4py.libmpi cimport *
 
 from jd_hpc._batch cimport Buffer, Evaluator, Rows
 from jd_hpc._history cimport Lines
-from jd_hpc.scheduler cimport BATCH_ENDED, BATCH_SENT, BATCH_WAITING, SLAVE_LOST, SLAVE_UP, VERDICT_DELIVER, VERDICT_REFUSED, Scheduler
+from jd_hpc.scheduler cimport BATCH_ENDED, BATCH_SENT, BATCH_WAITING
+from jd_hpc.scheduler cimport SLAVE_LOST, SLAVE_UP, VERDICT_DELIVER, VERDICT_REFUSED, Scheduler
 from jd_hpc.wire cimport *
 
 import logging
@@ -36,7 +37,8 @@ from mpi4py import MPI
 
 from jd_hpc._batch import kernel_failures
 from jd_hpc.errors import (
-    Failure, JobError, MasterLostError, MessageError, MPIError, PayloadError, ProtocolError, RanksDisagreeError, SlaveError, SlavesLostError,
+    Failure, JobError, MasterLostError, MessageError, MPIError, PayloadError,
+    ProtocolError, RanksDisagreeError, SlaveError, SlavesLostError,
 )
 from jd_hpc.payload import block_length, check_finite, pack, pack_into, pick, unpack
 from jd_hpc.signals import GIVE_UP_AFTER, is_request, pass_on

@@ -182,8 +182,8 @@ cdef class Correspondent(Postal):
         cdef int other = destination
         self.check_thread()
         if not 0 <= other < self.size or other == self.rank:
-            raise MessageError(f"rank {self.rank} cannot tell rank {other} anything. Cure: 0 is the master, 1 to {self.size - 1} are "
-                               "the slaves; call your own handler yourself")
+            raise MessageError(f"rank {self.rank} cannot tell rank {other} anything. Cure: 0 is the master, 1 to {self.size - 1} "
+                               "are the slaves; call your own handler yourself")
         letter = self.packed_letter(message, other)
         with nogil:
             while self.unheard[0] >= LETTERS_MOST and not self.stopped:

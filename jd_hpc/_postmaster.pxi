@@ -1,8 +1,8 @@
 # Messages of the user's own, on the master: between _jobs.pxi, which sends batches, and _survive.pxi.
 #
-# What comes from a slave keeps its order: a letter waits for the bodies that its slave announced before, results wait for the letters
-# before them, and both are handed over by `deliver`. What goes to a slave keeps its order too: a batch waits behind the letters
-# that wait for this slave. Nobody else waits.
+# What comes from a slave keeps its order: a letter waits for the bodies that its slave announced before, results wait for the
+# letters before them, and both are handed over by `deliver`. What goes to a slave keeps its order too: a batch waits behind the
+# letters that wait for this slave. Nobody else waits.
 
 cdef enum:
     LETTER = -1                 # stands for the slot in a parcel that is a letter
@@ -94,8 +94,8 @@ cdef class Postmaster(JobSender):
             self.unheard[slave] += 1
             self.send_letter(letter, slave)
             return True
-        if len(self.waiting[slave]) >= WAITING_MOST or (self.waiting_bytes[slave] and
-                                                       self.waiting_bytes[slave] + size > self.payload_limit):
+        if len(self.waiting[slave]) >= WAITING_MOST \
+                or (self.waiting_bytes[slave] and self.waiting_bytes[slave] + size > self.payload_limit):
             raise MessageError(
                 f"slave {slave} does not handle its messages: {len(self.waiting[slave])} wait for it already, in "
                 f"{self.waiting_bytes[slave]} bytes. At most {WAITING_MOST} may, in payload_limit = {self.payload_limit} bytes. "
@@ -294,8 +294,8 @@ cdef class Postmaster(JobSender):
         if destination == 0:
             return self.handle_letter(source, message)
         if destination > self.scheduler.slave_count:
-            raise MessageError(f"slave {source} sent a message to slave {destination}, which is not in this run. Cure: tell ranks 0 "
-                               f"to {self.scheduler.slave_count}")
+            raise MessageError(f"slave {source} sent a message to slave {destination}, which is not in this run. Cure: tell ranks "
+                               f"0 to {self.scheduler.slave_count}")
         self.address(message, source)
         self.send_or_wait(message, destination)
         return 0
