@@ -1,4 +1,4 @@
-"""Ranks that talk all the time, to the master, to all and to each other; rank 2 is killed amid it: talks_and_dies.py bytes signal."""
+"""Ranks that talk to the master, to all and to each other; rank 2 is killed amid it: talks_and_dies.py bytes signal."""
 
 import os
 import signal
