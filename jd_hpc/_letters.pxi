@@ -25,13 +25,13 @@ cdef int64_t monotonic_ns() noexcept nogil:
 cdef class Postal(Link):
     """Sends letters, and counts them."""
     cdef public object handlers         # messages.Handlers
-    cdef list sending                   # for each rank: letters to it whose send is not complete
+    cdef dict sending                   # rank → letters to it whose send is not complete
     cdef int *unheard                   # for each rank: letters to it that it has not handled
     cdef int *unsaid                    # for each rank: letters from it that were handled, and it does not know yet
     cdef unsigned long thread           # the one that MPI is called from
 
     def __cinit__(self, *args):
-        self.sending = [[] for _ in range(self.size)]
+        self.sending = {}
         self.unheard = <int *> calloc(self.size, sizeof(int))
         self.unsaid = <int *> calloc(self.size, sizeof(int))
         if self.unheard == NULL or self.unsaid == NULL:
@@ -73,14 +73,14 @@ cdef class Postal(Link):
         letter.out.data = letter.head.data
         letter.out.head = letter.out.body = MPI_REQUEST_NULL
         self.tidy(dest)
-        self.sending[dest].append(letter)
+        self.sending.setdefault(dest, []).append(letter)
         return self.send_apart(&letter.out, payload.data + HEADER_BYTES, dest)
 
     @cython.final
     cdef bint tidy(self, int rank) except -1:
         """Forget letters whose send is complete; whether none is left."""
         cdef Letter letter
-        cdef list left = self.sending[rank]
+        cdef list left = self.sending.get(rank)
         if left:
             left[:] = [letter for letter in left if not self.is_sent(&letter.out)]
         return not left
@@ -182,8 +182,8 @@ cdef class Correspondent(Postal):
         cdef int other = destination
         self.check_thread()
         if not 0 <= other < self.size or other == self.rank:
-            raise MessageError(f"rank {self.rank} cannot tell rank {other} anything. Cure: 0 is the master, 1 to {self.size - 1} are "
-                               "the slaves; call your own handler yourself")
+            raise MessageError(f"rank {self.rank} cannot tell rank {other} anything. Cure: 0 is the master, 1 to {self.size - 1} "
+                               "are the slaves; call your own handler yourself")
         letter = self.packed_letter(message, other)
         with nogil:
             while self.unheard[0] >= LETTERS_MOST and not self.stopped:

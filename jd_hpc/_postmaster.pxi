@@ -1,8 +1,8 @@
 # Messages of the user's own, on the master: between _jobs.pxi, which sends batches, and _survive.pxi.
 #
-# What comes from a slave keeps its order: a letter waits for the bodies that its slave announced before, results wait for the letters
-# before them, and both are handed over by `deliver`. What goes to a slave keeps its order too: a batch waits behind the letters
-# that wait for this slave. Nobody else waits.
+# What comes from a slave keeps its order: a letter waits for the bodies that its slave announced before, results wait for the
+# letters before them, and both are handed over by `deliver`. What goes to a slave keeps its order too: a batch waits behind the
+# letters that wait for this slave. Nobody else waits.
 
 cdef enum:
     LETTER = -1                 # stands for the slot in a parcel that is a letter
@@ -29,7 +29,7 @@ cdef class Postmaster(JobSender):
     cdef object at_once                 # what a job that the master runs has told it
     cdef int *gone                      # for each rank: nobody waits for it any more
     cdef int *distrusted                # likewise: it sent what no slave sends
-    cdef list waiting                   # for each rank: a deque of what is still to go out to it, packed letters and slots
+    cdef dict waiting                   # slave → deque of what is still to go out to it, packed letters and slots
     cdef int64_t[::1] waiting_bytes
     cdef int[::1] held                  # for each rank: letters from it that were not handed over
     cdef dict in_line                   # source → deque of Pieces
@@ -42,7 +42,7 @@ cdef class Postmaster(JobSender):
         self.parcels = []
         self.in_line = {}
         self.at_once = deque()
-        self.waiting = [deque() for _ in range(self.size)]
+        self.waiting = {}
         self.waiting_bytes = np.zeros(self.size, "i8")
         self.held = np.zeros(self.size, "i4")
 
@@ -90,23 +90,26 @@ cdef class Postmaster(JobSender):
         if self.stopping or self.scheduler.state_of_slave(slave) != SLAVE_UP:
             self.letters_dropped += 1
             return False
-        if not self.waiting[slave] and self.unheard[slave] < LETTERS_MOST:
+        waiting = self.waiting.get(slave)
+        if not waiting and self.unheard[slave] < LETTERS_MOST:
             self.unheard[slave] += 1
             self.send_letter(letter, slave)
             return True
-        if len(self.waiting[slave]) >= WAITING_MOST or (self.waiting_bytes[slave] and
-                                                       self.waiting_bytes[slave] + size > self.payload_limit):
+        if waiting is None:
+            waiting = self.waiting[slave] = deque()
+        if len(waiting) >= WAITING_MOST \
+                or (self.waiting_bytes[slave] and self.waiting_bytes[slave] + size > self.payload_limit):
             raise MessageError(
-                f"slave {slave} does not handle its messages: {len(self.waiting[slave])} wait for it already, in "
+                f"slave {slave} does not handle its messages: {len(waiting)} wait for it already, in "
                 f"{self.waiting_bytes[slave]} bytes. At most {WAITING_MOST} may, in payload_limit = {self.payload_limit} bytes. "
                 "Cure: call self.poll() in long jobs, or send fewer")
-        self.waiting[slave].append(letter)
+        waiting.append(letter)
         self.waiting_bytes[slave] += size
         self.letters_waiting += 1
         return True
 
     cdef int send_behind(self, int slot, int slave) except -1:
-        if not self.waiting[slave]:
+        if not self.waiting.get(slave):
             return self.send(&self.slots[slot], slave)
         self.waiting[slave].append(slot)
         return 0
@@ -116,7 +119,7 @@ cdef class Postmaster(JobSender):
         """The slave has handled letters: what waited may go."""
         cdef int slot
         cdef Buffer letter
-        waiting = self.waiting[slave]
+        waiting = self.waiting.get(slave)
         while waiting:
             if not isinstance(waiting[0], Buffer):
                 slot = waiting.popleft()
@@ -134,8 +137,7 @@ cdef class Postmaster(JobSender):
     @cython.final
     cdef int drop_waiting(self, int slave) except -1:
         """The slave is lost or suspected: letters to it are dropped, and its batches go to others anyway."""
-        cdef int dropped = sum(isinstance(what, Buffer) for what in self.waiting[slave])
-        self.waiting[slave].clear()
+        cdef int dropped = sum(isinstance(what, Buffer) for what in self.waiting.pop(slave, ()))
         self.waiting_bytes[slave] = 0
         self.letters_waiting -= dropped
         self.letters_dropped += dropped
@@ -294,8 +296,8 @@ cdef class Postmaster(JobSender):
         if destination == 0:
             return self.handle_letter(source, message)
         if destination > self.scheduler.slave_count:
-            raise MessageError(f"slave {source} sent a message to slave {destination}, which is not in this run. Cure: tell ranks 0 "
-                               f"to {self.scheduler.slave_count}")
+            raise MessageError(f"slave {source} sent a message to slave {destination}, which is not in this run. Cure: tell ranks "
+                               f"0 to {self.scheduler.slave_count}")
         self.address(message, source)
         self.send_or_wait(message, destination)
         return 0

@@ -184,8 +184,7 @@ cdef class Survivor(Postmaster):
     cdef int forget(self, int rank) except -1:
         """Nobody waits for this rank any more."""
         self.gone[rank] = True
-        aside.extend(self.sending[rank])
-        self.sending[rank].clear()
+        aside.append(self.sending.pop(rank, None))
         return self.drop_incoming(rank)
 
     cdef int drop_incoming(self, int rank) except -1:

@@ -84,8 +84,8 @@ class NoPost:
     def tell(self, message: Any, destination: int = 0) -> bool:
         """Refuse."""
         raise MessageError(
-            "jobs in a process of their own (isolate=True) cannot tell(), broadcast() or poll(). Cure: isolate=False, or put what is "
-            "to be said into the result"
+            "jobs in a process of their own (isolate=True) cannot tell(), broadcast() or poll(). Cure: isolate=False, or put what "
+            "is to be said into the result"
         )
 
     def broadcast(self, message: Any) -> int:

@@ -132,9 +132,8 @@ class Progress:
                 'progress needs tqdm, which is not installed. Cure: pip install tqdm, or "jd_hpc[progress]"; or leave progress out'
             ) from error
 
-        class Bar(tqdm):  # type: ignore[misc]
-            monitor_interval = 0  # it would start a thread, and jobs may fork
-
+        # tqdm would start a thread to watch over it, and jobs may fork
+        Bar: Any = type("Bar", (tqdm,), {"monitor_interval": 0})  # noqa: N806
         Bar.set_lock(threading.RLock())  # else one that processes share
         with self._tolerant():
             knows_width = os.get_terminal_size(sys.stderr.fileno()).columns > 0  # a terminal that a program has made may not
