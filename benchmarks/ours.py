@@ -6,6 +6,8 @@
     mpiexec -n 2 python ours.py paced   [--grain 100]     block hooks, every job takes 10 us
     mpiexec -n 2 python ours.py payload [--bytes 1000000] jobs and results of that size, echoed
     mpiexec -n 2 python ours.py memory  --library add_kernel.so
+    mpiexec -n 4 python ours.py map     --library add_kernel.so [--vectorized]    map_array, and
+    mpiexec -n 4 python ours.py hand    --library add_kernel.so [--vectorized]    the same with block hooks by hand
     mpiexec -n 4 python ours.py idle
 
 With --journal FILE the runs of kernel, block, single and paced write one.
@@ -27,7 +29,7 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from jd_hpc import JobDispatcher
+from jd_hpc import JobDispatcher, map_array
 
 RESULT = 1.5
 BLOCK = 4096  # jobs are made this many at a time, as in reference.c
@@ -115,6 +117,64 @@ class PacedForm(BlockForm):
         results[:] = RESULT
         while time.perf_counter() < end:
             pass
+
+
+def added(rows: NDArray[Any]) -> NDArray[Any]:
+    """What the kernel does, for a block."""
+    return rows[:, 0] + rows[:, 1]
+
+
+class HandForm(Measured):
+    """An array of rows, and an array of results: what map_array saves its users to write."""
+
+    vectorized = False
+
+    def prepare(self, count: int) -> None:
+        super().prepare(count)
+        self.rows = np.full((count, 2), 0.5)
+        self.rows[:, 0] = np.arange(count)
+        self.kernel = None if self.vectorized else KernelForm.kernel
+
+    def run(self, journal: Any = None) -> None:
+        self.first_s = time.perf_counter()
+        super().run(journal)
+        self.last_s = time.perf_counter()
+
+    def reset(self) -> None:
+        self.results = np.empty(self.count)
+        self.asked = self.done = 0
+
+    def next_jobs(self, count: int) -> NDArray[Any] | None:
+        begin, self.asked = self.asked, min(self.asked + count, self.count)
+        return self.rows[begin : self.asked] if begin < self.asked else None
+
+    def process_jobs(self, jobs: NDArray[Any], results: NDArray[Any]) -> None:
+        results[:] = added(jobs)
+
+    def process_results(self, indices: NDArray[Any], jobs: NDArray[Any], results: NDArray[Any]) -> None:
+        self.results[indices] = results
+        self.done += len(results)
+
+    def check(self) -> None:
+        super().check()
+        if not np.array_equal(self.results, np.arange(self.count) + 0.5):
+            raise RuntimeError("a result is wrong or in the wrong place")
+
+
+class MapForm(HandForm):
+    """map_array itself; only the master has rows."""
+
+    chosen_grain: int | None = None
+
+    def run(self, journal: Any = None) -> None:
+        function = added if self.vectorized else KernelForm.kernel
+        rows = self.rows if self.machine.is_master else None
+        options = {"vm": self.machine, "vectorized": self.vectorized, "grain": self.chosen_grain, "credit": self.credit}
+        self.first_s = time.perf_counter()
+        results = map_array(function, rows, "f8", **options)
+        self.last_s = time.perf_counter()
+        if results is not None:
+            self.results, self.done = results, len(results)
 
 
 class SingleForm(Measured):
@@ -226,8 +286,8 @@ def timed(sweep: Measured, seconds: float, trial: int, at_most: int) -> Record |
     is_master = MPI.COMM_WORLD.Get_rank() == 0
     count = trial
     for attempt in range(3):
-        if is_master:
-            sweep.prepare(count)
+        if is_master or isinstance(sweep, HandForm):
+            sweep.prepare(count if is_master else 0)
         start = time.perf_counter()
         sweep.run(journal=sweep.journal)
         run_s = time.perf_counter() - start
@@ -286,13 +346,14 @@ def run_idle() -> Record | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("form", choices=["kernel", "block", "single", "paced", "payload", "memory", "idle"])
+    parser.add_argument("form", choices=["kernel", "block", "single", "paced", "payload", "memory", "idle", "map", "hand"])
     parser.add_argument("--library", help="shared library made of kernel.c")
-    parser.add_argument("--grain", type=int, default=1, help="jobs per message")
+    parser.add_argument("--grain", type=int, default=1, help="jobs per message; 0 with `map`: its own choice")
     parser.add_argument("--credit", type=int, default=4, help="messages in flight per slave")
     parser.add_argument("--seconds", type=float, default=1.0, help="length of the timed run")
     parser.add_argument("--bytes", type=int, default=1_000_000, help="size of a payload")
     parser.add_argument("--many", type=int, default=10_000_000, help="jobs of the long run of `memory`")
+    parser.add_argument("--vectorized", action="store_true", help="a function of a block instead of the kernel")
     parser.add_argument("--journal", help="a file for the results")
     arguments = parser.parse_args()
 
@@ -315,8 +376,11 @@ def main() -> None:
             "single": (SingleForm, 5_000_000),
             "paced": (PacedForm, 5_000_000),
             "payload": (PayloadForm, 100_000),
+            "map": (MapForm, 20_000_000),
+            "hand": (HandForm, 20_000_000),
         }[arguments.form]
-        sweep = form(vm=MPI.COMM_WORLD, grain=arguments.grain, credit=arguments.credit)
+        HandForm.vectorized, MapForm.chosen_grain = arguments.vectorized, arguments.grain or None
+        sweep = form(vm=MPI.COMM_WORLD, grain=arguments.grain or 1, credit=arguments.credit)
         slaves = MPI.COMM_WORLD.Get_size() - 1
         trial = 20 if arguments.form == "payload" else 5000 + 20 * slaves * arguments.credit * arguments.grain
         record = timed(sweep, arguments.seconds, trial, at_most)

@@ -196,6 +196,15 @@ class Suite:
                 ours, theirs = column(got[f"ours {grain}"], "run_rate"), column(got[peer], "rate")
                 self.add_ratio("single", name, ranks, "jobs/s", ours, theirs, target)
 
+    def map_array(self) -> None:
+        """One call against the block hooks that do the same."""
+        for ranks in (2, 4):
+            for what, grain, more in (("kernel", 100, []), ("function of a block", 1000, ["--vectorized"])):
+                got = self.rounds({form: self.ours(ranks, form, grain, 4, *more) for form in ("map", "hand")})
+                name = f"map_array / block hooks by hand, {what}, grain {grain}"
+                ours, theirs = (column(got[form], "run_rate") for form in ("map", "hand"))
+                self.add_ratio("map_array", name, ranks, "jobs/s", ours, theirs, 0.95)
+
     def payload(self) -> None:
         """Large jobs and results against MPI's own bandwidth."""
         for size in (1_000_000, 4_000_000, 16_000_000):
@@ -252,7 +261,7 @@ class Suite:
             self.add_ratio("oversubscribed", name, 8, "jobs/s", rates["8"], rates["3"], 0.5)
 
 
-PARTS = ("kernel", "block", "single", "payload", "journal", "memory", "idle", "oversubscribed")
+PARTS = ("kernel", "block", "single", "map_array", "payload", "journal", "memory", "idle", "oversubscribed")
 
 
 def main() -> int:

@@ -80,7 +80,7 @@ cdef class JobSender(Sharer):
 
     @cython.final
     cdef int fresh_room(self) noexcept nogil:
-        """How many batches the user may be asked for now. What goes out again has room beyond the window, which might never move."""
+        """How many batches the user may be asked for now. Jobs that go out again do not mind the window, or it might never move."""
         cdef int room = self.room()
         cdef int64_t ahead = self.window_end - self.next_index
         if room <= 0 or ahead >= <int64_t> room * self.grain:

@@ -270,8 +270,7 @@ class Channel:
         from mpi4py import MPI
 
         news = pickle.dumps((self.run, value), 5)
-        with contextlib.suppress(MPI.Exception):
-            self._news = [request for request in self._news if not request.Test()]
+        self._news = [request for request in self._news if not _is_complete(request)]
         for rank in range(1, self.comm.Get_size()):
             if rank not in self.dead:
                 with contextlib.suppress(MPI.Exception):  # it is gone, which the run will notice
@@ -288,18 +287,20 @@ class Channel:
         from mpi4py import MPI
 
         beat, status = self.beat_every(heartbeat_s), MPI.Status()
-        while True:
-            if self.comm.Iprobe(0, TAG_NEWS, status):
+        run = -1
+        try:
+            while run < self.run:  # else it was told before a run that went on without this rank
+                while not self.comm.Iprobe(0, TAG_NEWS, status):
+                    if beat is not None and not beat.alive:
+                        raise MasterLostError
+                    time.sleep(HEAR_LOOK_S)
                 news = bytearray(status.Get_count(MPI.BYTE))
                 self.comm.Recv([news, MPI.BYTE], 0, TAG_NEWS)
                 run, value = pickle.loads(news)
-                if run >= self.run:  # else it was told before a run that went on without this rank
-                    return value
-            elif beat is not None and not beat.alive:
-                ending.failed(str(MasterLostError()))
-                raise MasterLostError
-            else:
-                time.sleep(HEAR_LOOK_S)
+        except (MasterLostError, MPI.Exception) as error:
+            ending.failed(str(error))
+            raise MasterLostError from error
+        return value
 
     def acknowledge(self) -> list[int]:
         """Master: ask MPI which ranks it knows to have failed (ULFM), and have it go on without them."""
@@ -378,6 +379,16 @@ class Channel:
 
 
 _channels: set[Channel] = set()
+
+
+def _is_complete(request: Any) -> bool:
+    """Whether a send is over; one to a rank that is gone is."""
+    from mpi4py import MPI
+
+    try:
+        return bool(request.Test())
+    except MPI.Exception:
+        return True
 
 
 def _part() -> None:
