@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from launch_helpers import Ended, Launch, mpiexec
-from pages import PAGES, PROJECT, SHELL, all_blocks, files, shell_lines, words_of
+from pages import PAGES, PROJECT, SHELL, all_blocks, blocks_of, files, shell_lines, words_of
 
 import jd_hpc
 from jd_hpc import __main__ as supervised
@@ -25,7 +25,6 @@ AT_A_TIME = 3  # an mpiexec mostly waits
 BLOCKS = all_blocks()
 FILES = files(BLOCKS)
 TO_RUN = [block for block in BLOCKS if block.is_run]
-COMMANDS = [(block, line) for block in BLOCKS if block.language in SHELL for line in shell_lines(block.text)]
 PROGRAMS = {"jd-hpc": [sys.executable, "-m", "jd_hpc.cli"], "python": [sys.executable]}
 
 
@@ -34,13 +33,10 @@ class Command(Launch):
 
     def __init__(self, folder: Path, command: str) -> None:
         settings, self.words = words_of(command)
-        super().__init__(folder, int(self.words[0] in ("mpiexec", "jd-hpc")), "", **settings)
+        super().__init__(folder, 0, "", **settings)
 
     def command(self, *_):
         return [part for word in self.words for part in PROGRAMS.get(word, [mpiexec() if word == "mpiexec" else word])]
-
-    def temporary_files(self):
-        return []  # scripts write into their folder
 
 
 def outcome(block) -> list[tuple[str, Ended]]:
@@ -103,22 +99,37 @@ def vars_of_conf():
     return vars(conf)
 
 
-@pytest.mark.parametrize(("block", "command"), COMMANDS, ids=str)
+def is_ours(command):
+    """Whether a line of shell is something that this project can know."""
+    return re.search(r"\b(jd-hpc|make|sbatch|python)\b", command) and not command.startswith("pip ")
+
+
+@pytest.mark.parametrize(
+    ("block", "command"),
+    [(block, line) for block in BLOCKS if block.language in SHELL for line in shell_lines(block.text) if is_ours(line)],
+    ids=str,
+)
 def test_a_command_exists(block, command, monkeypatch):
-    """Its options are known, its files are there. What is no command of ours, such as pip, is passed over."""
+    """Its options are known, its files are there."""
     monkeypatch.setattr(os, "environ", dict(os.environ))  # options change it
-    _, words = words_of(command.split(" && ")[0].split(" | ")[0].split(" > ")[0])
-    if not words:
-        return
+    check_command(command)
+
+
+def check_command(command):
+    _, words = words_of(command.split(" && ")[0].split(" > ")[0])
     if "jd-hpc" in words[0] or words[0] == "eval":
         words = words[1:] if words[0] == "jd-hpc" else re.search(r"\$\(jd-hpc (.*)\)", command)[1].split()
-        cli.parser().parse_args(["launch", *cli.split_words(words[1:])[0]] if words[0] == "launch" else words)
+        if words[0] == "launch":
+            own, _, program = cli.split_words(words[1:])
+            check_python(program)
+            words = ["launch", *own]
+        cli.parser().parse_args(words)
     elif words[0] == "make":
         targets = re.search(r"^\.PHONY: (.*)$", (PROJECT / "Makefile").read_text(), re.M)[1].split()
         assert {word for word in words[1:] if "=" not in word} <= set(targets)
-    elif words[0] == "sbatch" and "/" in words[-1]:
+    elif words[0] == "sbatch":
         assert (PROJECT / words[-1]).is_file()
-    elif "python" in words:
+    else:
         check_python(words[words.index("python") + 1 :])
 
 
@@ -163,3 +174,36 @@ def test_the_table_of_contents_has_every_page():
 )
 def test_the_comparison_of_outputs(printed, shown, fits):
     assert bool(re.fullmatch(pattern(shown), printed)) == fits
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "jd-hpc launch first.py",
+        "jd-hpc launch -n 4 none.py",
+        "jd-hpc journal shows a.journal",
+        "jd-hpc slurm render --tasks 4",
+        'eval "$(jd-hpc slurm environment)"',
+        "make docks",
+        "sbatch slurm/none.sbatch",
+        "mpiexec -n 4 python none.py",
+        "mpiexec -n 4 python -m jd_hpc --walltimes 1 first.py",
+        "python -m jd_hpc.none first.py",
+    ],
+)
+def test_a_wrong_command_is_found(command, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    assert is_ours(command)
+    with pytest.raises((SystemExit, AssertionError)):
+        check_command(command)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<!-- fragmant: why -->\n```python\n1\n```\n", "<!-- run -->\n\n```python\n1\n```\n", "```python\n1\n", "<!-- run -->\n"],
+)
+def test_a_wrong_page_is_found(text, tmp_path):
+    path = tmp_path / "page.md"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"page\.md"):
+        blocks_of(path)
