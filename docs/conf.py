@@ -9,6 +9,7 @@ The rules it keeps:
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 import jd_hpc
@@ -82,8 +83,19 @@ def modules() -> str:
     )
 
 
+def without_outer_links(text: str) -> str:
+    """Return a page without its links to pages that are not on the site, such as ../README.md: only their words."""
+
+    def words(link: re.Match[str]) -> str:
+        path = Path(__file__).parent / link[2]
+        return link[0] if path.is_file() and path.suffix != ".md" else link[1]
+
+    return re.sub(r"\[([^\]]+)\]\((\.\./[^)#]*)[^)]*\)", words, text)
+
+
 def fill_in(app: object, docname: str, source: list[str]) -> None:
-    """Put in place what `{{ }}` stands for on index.md and api.md."""
+    """Make a page fit for the site; put in place what `{{ }}` stands for on index.md and api.md."""
+    source[0] = without_outer_links(source[0])
     if docname not in ("index", "api"):
         return
     names = [name for name in jd_hpc.__all__ if not name.startswith("__")]

@@ -149,6 +149,12 @@ def test_a_page_begins_with_its_title(path):
     assert re.match(r"# \S", path.read_text())
 
 
+@pytest.mark.parametrize("path", [*PAGES, *PROJECT.glob("C*.md"), *PROJECT.glob("*/README.md")], ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", re.sub(r"(?s)```.*?```", "", path.read_text())):
+        assert target.startswith("https://") or (path.parent / target).exists(), target
+
+
 def test_the_api_page_has_every_public_name():
     conf = vars_of_conf()
     source = [(PROJECT / "docs" / "api.md").read_text()]
