@@ -16,6 +16,7 @@ COMMENT = re.compile(r"<!-- (fragment|file|after|run|output|exit)(?:: (.*?))? --
 SHELL = ("", "console", "bash", "sh")
 IN_TURN = ("python", "mpiexec -n 4 python")
 """How a script on a page is run that names no way itself: the second one if it uses MPI."""
+USES_MPI = re.compile(r"COMM_WORLD|\bPool\(|\bsetVM\(")
 
 
 class Block(NamedTuple):
@@ -58,7 +59,7 @@ class Block(NamedTuple):
         """Return what is run for it, in turn."""
         if self.language != "python":
             return shell_lines(self.text)
-        ways = self.said.get("run") or IN_TURN[: 1 + ("COMM_WORLD" in self.text or "after" in self.said)]
+        ways = self.said.get("run") or IN_TURN[: 1 + (bool(USES_MPI.search(self.text)) or "after" in self.said)]
         return [f"{way} {self.name}" for way in ways]
 
     @property
