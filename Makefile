@@ -1,4 +1,4 @@
-# make demo | test | test-slurm | soak | chaos | lint | bench | wheel | clean | distclean     MPI=openmpi (the default) or MPI=mpich
+# make demo | test | test-slurm | soak | chaos | lint | docs | bench | wheel | clean | distclean     MPI=openmpi (the default) or MPI=mpich
 #
 # Nothing need be there but make, a C compiler and a Python >= 3.11 with its headers (PYTHON=... names another one).
 # The MPI comes as a wheel into an environment of its own: .venv for the default family, .venv-<family> for the other.
@@ -32,7 +32,7 @@ endif
 # What an environment is made from. A change of any of these installs anew; pure Python needs no new install.
 SOURCES := pyproject.toml setup.py jd_hpc/scheduler.py $(wildcard jd_hpc/*.pyx jd_hpc/*.pxd jd_hpc/*.pxi)
 
-.PHONY: demo test test-slurm soak chaos lint bench wheel clean distclean
+.PHONY: demo test test-slurm soak chaos lint docs bench wheel clean distclean
 .DELETE_ON_ERROR:
 
 # dev contains example.
@@ -59,6 +59,10 @@ lint: $(VENV)/.made-dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint jd_hpc
 	$(BIN)/mypy
 	bash .ci/stubtest
+
+# The site, in build/docs. Warnings are errors, and nothing is fetched.
+docs: $(VENV)/.made-dev
+	$(BIN)/python -m sphinx -E -W --keep-going -q -b html docs build/docs
 
 bench: $(VENV)/.made-dev
 	$(BIN)/python benchmarks/run.py

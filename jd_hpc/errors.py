@@ -290,6 +290,9 @@ class JobError(RemoteError):
         The job's number.
     slave : int
         The rank that ran it; 0 is the master.
+    type_name, message, remote_traceback : str
+        Of the exception there: its type's name, what `str()` of it says, its traceback. The exception itself is `__cause__`, where
+        it could be pickled.
     attempts : list of (int, str)
         For a job whose slaves failed, or whose processes died: which slave, and how it ended, for every attempt.
     died : str or None
@@ -316,6 +319,8 @@ class SlaveError(RemoteError):
     ----------
     slave : int
         Its rank.
+    type_name, message, remote_traceback : str
+        As in `JobError`.
     """
 
     def __init__(self, slave: int, failure: Failure) -> None:
