@@ -46,6 +46,9 @@ class Engine(Protocol):
     def wake(self) -> None:
         """There are jobs again: from any thread."""
 
+    def break_off(self, error: BaseException) -> None:
+        """Have run_jobs raise this: from any thread."""
+
     def look_around(self) -> None:
         """Between two calls of run_jobs, now and then."""
 

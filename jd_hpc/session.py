@@ -19,12 +19,15 @@ from typing import Any, Protocol
 
 from jd_hpc import calls
 from jd_hpc.dispatcher import JobDispatcher
-from jd_hpc.errors import JobError
+from jd_hpc.errors import JobError, PayloadError
 from jd_hpc.journal import path_of
 from jd_hpc.runs import Engine, Run
 
 LOOK_S = 0.05
 """How often an idle master hears who is still there."""
+WRAPPING_BYTES = 1024
+"""What is added to a call at the most, before it travels."""
+TOO_HEAVY = "a call of {} bytes is over payload_limit = {}; raise it, or have the function read what is large from a file"
 
 
 class Task(Protocol):
@@ -54,14 +57,24 @@ class Server(JobDispatcher):
         Is called on each slave, or here if there are none, before the first call: ``initializer(*initargs)``.
     initargs : tuple
         Its arguments.
+    payload_limit : int, optional
+        Bytes of the largest call, and of the largest result.
     **options
         Of JobDispatcher.
     """
 
     def __init__(
-        self, vm: Any = None, *, initializer: Callable[..., object] | None = None, initargs: tuple[Any, ...] = (), **options: Any
+        self,
+        vm: Any = None,
+        *,
+        initializer: Callable[..., object] | None = None,
+        initargs: tuple[Any, ...] = (),
+        payload_limit: int | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(vm, **options)
+        if payload_limit is not None:
+            self.payload_limit = payload_limit
         self._initializer, self._initargs = initializer, initargs
         self.waiting: deque[Task] = deque()
         self.begun: dict[int, Task] = {}
@@ -80,19 +93,30 @@ class Server(JobDispatcher):
             except IndexError:  # cancelled meanwhile
                 break
             job = task.begin()
-            if job is not None:
+            if job is None:
+                continue
+            weight_bytes = calls.bytes_of(job) + WRAPPING_BYTES
+            if weight_bytes > self.payload_limit:  # the engine would end the run
+                task.fail(PayloadError(TOO_HEAVY.format(weight_bytes, self.payload_limit)))
+            else:
                 self.begun[self._number] = task
                 self._number += 1
                 return job
         return None
 
-    def process_job(self, job: calls.Call) -> Any:
+    def process_job(self, job: calls.Call) -> calls.Answer:
         """Run a call."""
         return calls.run(job)
 
-    def process_result(self, index: int, job: calls.Call, result: Any) -> None:
+    def process_result(self, index: int, job: calls.Call, result: calls.Answer) -> None:
         """Hand a result to its task."""
-        self.begun.pop(index).end(result)
+        task = self.begun.pop(index)
+        try:
+            value = calls.opened(result)
+        except Exception as error:  # it was pickled well, but cannot be rebuilt here
+            task.fail(error)
+        else:
+            task.end(value)
 
     def process_failure(self, index: int, job: calls.Call, error: JobError) -> None:
         """Tell a task what went wrong: the exception of the function itself, with the traceback of the slave as its cause."""
@@ -129,9 +153,18 @@ class Session:
         self._sleeping = False
         self._ending = False
         self._error: BaseException | None = None
+        self._broken_off: BaseException | None = None
         self._thread = threading.Thread(target=self._main, name="jd_hpc session", daemon=True)
         self._thread.start()
         atexit.register(self.end)
+
+    @property
+    def places(self) -> int:
+        """How many tasks can have begun and not ended at the same time."""
+        server = self._server
+        if server.machine.size == 1:
+            return 1
+        return server.credit * (server.machine.slots if server.max_slaves is None else min(server.machine.slots, server.max_slaves))
 
     @property
     def is_ending(self) -> bool:
@@ -155,11 +188,19 @@ class Session:
             with contextlib.suppress(ValueError):
                 self._server.waiting.remove(task)
                 self._refuse()
-        elif self._sleeping:
+        else:
+            self._rouse()
+
+    def again(self, task: Task) -> None:
+        """Have a task run once more, from its own `end`: also while the session ends."""
+        self._server.waiting.append(task)
+
+    def _rouse(self) -> None:
+        if self._sleeping:
             with self._changed:
                 self._changed.notify()
-        elif self._engine is not None:
-            self._engine.wake()
+        elif (engine := self._engine) is not None:
+            engine.wake()
 
     def _refuse(self) -> None:
         if self._error is not None:
@@ -171,6 +212,19 @@ class Session:
         while self._server.waiting:
             with contextlib.suppress(IndexError):
                 self._server.waiting.popleft().cancel()
+
+    def break_off(self, why: BaseException, wait: bool = True) -> None:
+        """End the run now, for this reason. What slaves run now comes to its end, and nobody hears of it.
+
+        Without `wait` nobody waits for that, not even the end of the program.
+        """
+        self._broken_off = why
+        if (engine := self._engine) is not None:
+            engine.break_off(why)
+        self.cancel()
+        self.end(wait)
+        if not wait:
+            atexit.unregister(self.end)
 
     def end(self, wait: bool = True) -> None:
         """End the run when all tasks have ended; with `wait` return after that."""
@@ -207,7 +261,7 @@ class Session:
 
     def _work(self, engine: Engine) -> None:
         self._engine = engine
-        while True:
+        while self._broken_off is None:
             engine.run_jobs()
             if self._server.begun:  # the run was drained
                 return
