@@ -27,6 +27,7 @@ from jd_hpc.errors import (
 )
 from jd_hpc.executor import Executor
 from jd_hpc.machine import LocalMachine, MPIMachine
+from jd_hpc.pool import Pool, register_parallel_backend
 
 __version__ = "0.1.0"
 
@@ -50,6 +51,7 @@ __all__ = [
     "MPIMachine",
     "MasterLostError",
     "PayloadError",
+    "Pool",
     "ProcessDiedError",
     "ProtocolError",
     "RanksDisagreeError",
@@ -58,4 +60,5 @@ __all__ = [
     "Unfinished",
     "WalltimeError",
     "__version__",
+    "register_parallel_backend",
 ]
