@@ -4,6 +4,7 @@
 """
 
 import sys
+from itertools import pairwise
 
 import numpy as np
 
@@ -18,7 +19,7 @@ def worker(task):
 
 def main(pool):
     edges = np.linspace(0, 1, 65)
-    tasks = list(zip(edges[:-1], edges[1:], strict=True))
+    tasks = list(pairwise(edges))
     seen = []
     results = pool.map(worker, tasks, callback=seen.append)
     print(f"{len(seen)} parts, pi = {sum(results):.6f}")

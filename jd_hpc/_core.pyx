@@ -29,6 +29,7 @@ from jd_hpc.wire cimport *
 import logging
 import pickle
 from collections import deque
+from pickle import UnpicklingError, loads
 
 import numpy as np
 from mpi4py import MPI
@@ -37,10 +38,11 @@ from jd_hpc._batch import kernel_failures
 from jd_hpc.errors import (
     Failure, JobError, MasterLostError, MPIError, PayloadError, ProtocolError, RanksDisagreeError, SlaveError, SlavesLostError,
 )
-from jd_hpc.payload import block_length, check_finite, pack, pack_into, pick, unpack
+from jd_hpc.payload import ALIGN_BYTES, block_length, check_finite, framed, pack_into, pick, pickled, unpack
 from jd_hpc.signals import GIVE_UP_AFTER, is_request, pass_on
 
 cnp.import_array()
+assert ALIGN_BYTES == TABLE_BYTES
 
 logger = logging.getLogger("jd_hpc")
 
@@ -80,6 +82,10 @@ cdef enum:
     POLLS_PER_SWEEP = 256
     # rows up to this size are copied out for the single hooks: keeping one must not keep a whole message
     COPY_ROW_BYTES = 4096
+    # an object up to this size is copied to be unpickled
+    COPY_OBJECT_BYTES = 65536
+    # how long the table of the parts of an object is, if it has one part (payload.py)
+    TABLE_BYTES = 64
     # what a slave says besides results (facts, errors) may be as large as this, whatever payload_limit is
     REPORT_LIMIT_BYTES = 1 << 26
 
@@ -116,6 +122,19 @@ cdef int64_t coarse_ns() noexcept nogil:
     cdef timespec now
     clock_gettime(JD_COARSE_CLOCK, &now)  # cannot fail with a clock that exists
     return <int64_t> now.tv_sec * 1_000_000_000 + now.tv_nsec
+
+
+cdef object unpacked(Buffer buffer, int64_t start, int64_t end):
+    """payload.unpack; without numpy where it is small and has no buffers, as most objects."""
+    cdef int64_t[2] table
+    if TABLE_BYTES <= end - start <= COPY_OBJECT_BYTES:
+        memcpy(table, buffer.data + start, sizeof(table))
+        if table[0] == 1 and 0 <= table[1] <= end - start - TABLE_BYTES:
+            try:
+                return loads((buffer.data + start + TABLE_BYTES)[:table[1]])
+            except UnpicklingError:
+                pass  # unpack says it better
+    return unpack(buffer.memory[start:end])
 
 
 cdef str mpi_error_text(int code):
@@ -413,14 +432,26 @@ cdef class Link:
     @cython.final
     cdef Buffer packed(self, object value, str what, int64_t limit, int64_t room_before=0, int64_t room_behind=0):
         """A buffer with space for a header and `room_before` bytes, then `value` pickled into at most `limit` bytes, then room."""
-        frames, size = pack(value, what)
+        cdef bytes head
+        cdef int64_t size
+        cdef int64_t[2] table
+        head, buffers = pickled(value, what)
+        table[0], table[1] = 1, len(head)
+        if buffers:
+            frames, size = framed(head, buffers, what)
+        else:
+            size = TABLE_BYTES + (table[1] + TABLE_BYTES - 1) // TABLE_BYTES * TABLE_BYTES
         if size > limit:
             raise PayloadError(f"{what} takes {size} bytes, over payload_limit = {limit}; split it, lower grain, or raise "
                                "payload_limit")
         cdef int64_t body_bytes = room_before + size + room_behind
         cdef Buffer buffer = Buffer(HEADER_BYTES + padded_bytes(body_bytes))
         memset(buffer.data, 0, HEADER_BYTES)
-        pack_into(frames, buffer.memory[HEADER_BYTES + room_before:])
+        if buffers:
+            pack_into(frames, buffer.memory[HEADER_BYTES + room_before:])
+        else:  # most objects: what pack_into would do, without numpy
+            memcpy(buffer.data + HEADER_BYTES + room_before, table, sizeof(table))
+            memcpy(buffer.data + HEADER_BYTES + room_before + TABLE_BYTES, <const char *> head, table[1])
         (<Header *> buffer.data).body_bytes = body_bytes
         return buffer
 
@@ -494,7 +525,7 @@ cdef class Link:
     cdef object opened(self, Buffer buffer, int64_t start, int64_t end, object kind, int source):
         """What a rank has pickled, if it is what it must be."""
         try:
-            value = unpack(buffer.memory[start:end])
+            value = unpacked(buffer, start, end)
         except UNREADABLE as error:
             raise ProtocolError(f"rank {source} sent what cannot be read: {error}") from error
         if not isinstance(value, kind):

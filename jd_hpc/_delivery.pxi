@@ -127,7 +127,7 @@ cdef class Deliverer(Drainer):
             results = buffer.rows[:header.count]
         else:
             try:
-                results = unpack(buffer.memory[offset:end])
+                results = unpacked(buffer, offset, end)
             except KeyboardInterrupt:
                 raise
             except BaseException as error:  # it was pickled well, but cannot be rebuilt here

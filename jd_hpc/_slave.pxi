@@ -231,7 +231,7 @@ cdef class Slave(Link):
         else:
             out = self.out_buffers[k]
         try:
-            jobs = unpack(buffer.memory[offset:offset + job.body_bytes]) if self.job_rows is None else buffer.rows
+            jobs = unpacked(buffer, offset, offset + job.body_bytes) if self.job_rows is None else buffer.rows
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # it was pickled well, but cannot be rebuilt here

@@ -15,7 +15,7 @@ import importlib.util
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 from jd_hpc.errors import PayloadError
 
@@ -27,29 +27,12 @@ APART_FROM_BYTES = 4096
 SINGLE, PLAIN, STARRED = range(3)
 """Kinds of calls: one; a chunk with one argument for each; a chunk with many."""
 
+Call: TypeAlias = tuple[bytes, bytes, Sequence[Any], int]
+"""A call as it travels, a plain tuple because a class of ours would pickle five times slower: the pickled function; its pickled
+arguments, which are (arguments, keywords), or for a chunk a list of arguments; the memory that is not copied into these; the kind.
+The result of a chunk is the list of its results."""
 Answer: TypeAlias = bytes | tuple[bytes, Sequence[Any]]
 """A result as it travels: pickled, with the memory that is not copied into it."""
-
-
-class Call(NamedTuple):
-    """A call as it travels: ``function(*arguments, **keywords)``, or one for each member of a chunk.
-
-    Attributes
-    ----------
-    function : bytes
-        The pickled function.
-    arguments : bytes
-        Pickled: (arguments, keywords), or for a chunk a list of arguments.
-    buffers : sequence of pickle.PickleBuffer
-        What belongs to `arguments` and is not copied into it: the memory of large arrays.
-    kind : int
-        SINGLE, or PLAIN or STARRED: these stand for many calls, and the result is the list of their results.
-    """
-
-    function: bytes
-    arguments: bytes
-    buffers: Sequence[Any]
-    kind: int
 
 
 def dumps(value: Any, what: str, buffers: list[Any] | None = None) -> bytes:
@@ -104,18 +87,20 @@ def call(function: Callable[..., Any], arguments: Sequence[Any], keywords: Mappi
     """Make a call ready to travel."""
     buffers: list[Any] = []
     packed = dumps((tuple(arguments), dict(keywords)), f"an argument of {name_of(function)}", buffers)
-    return Call(packed_function(function), packed, buffers, SINGLE)
+    return packed_function(function), packed, buffers, SINGLE
 
 
 def chunk(function: bytes, name: str, members: Sequence[Any], starred: bool = True) -> Call:
     """Make a chunk of calls of a packed function ready to travel: one for each argument, or `starred`, sequence of arguments."""
     buffers: list[Any] = []
-    return Call(function, dumps(members, f"an argument of {name}", buffers), buffers, STARRED if starred else PLAIN)
+    return function, dumps(members, f"an argument of {name}", buffers), buffers, STARRED if starred else PLAIN
 
 
 def bytes_of(job: Call) -> int:
     """Return what a call weighs, but for the wrapping."""
-    return len(job.function) + len(job.arguments) + sum(memoryview(buffer).nbytes for buffer in job.buffers)
+    function, arguments, buffers, _ = job
+    apart_bytes = sum(memoryview(buffer).nbytes for buffer in buffers) if buffers else 0
+    return len(function) + len(arguments) + apart_bytes
 
 
 _functions: OrderedDict[bytes, Callable[..., Any]] = OrderedDict()

@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import Executor as BaseExecutor
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from jd_hpc import calls, futures_server
 from jd_hpc.machine import LocalMachine, MPIMachine
 from jd_hpc.session import Server, Session
 
 T = TypeVar("T")
+
+NAP_S = 0.0005
+"""How long whoever reads results sleeps while they come in faster than this."""
 
 
 class Executor(BaseExecutor):
@@ -66,7 +69,7 @@ class Executor(BaseExecutor):
         **options: Any,
     ) -> None:
         if max_workers is not None and max_workers < 1:
-            raise ValueError(f"max_workers = {max_workers} must be at least 1")
+            raise ValueError(f"max_workers must be greater than 0, not {max_workers}")
         if initializer is not None and not callable(initializer):
             raise TypeError(f"initializer = {initializer!r} must be callable")
         options = {"max_slaves": max_workers, "initializer": initializer, "initargs": initargs, **options}
@@ -74,6 +77,7 @@ class Executor(BaseExecutor):
         self._options = options
         self._server = Server(comm if self._hub is None else self._hub.comm, **options)
         self._journal = journal
+        self._naps = _Naps()
         self._lock = threading.Lock()
         self._session: Session | None = None
         self._is_over = False
@@ -143,7 +147,8 @@ class Executor(BaseExecutor):
             If the run ended early: its cause says why.
         """
         session = self._session or self.begin()
-        future: Future[T] = Future()
+        future: _Future[T] = _Future()
+        future.naps = self._naps
         try:
             call = calls.call(function, args, kwargs)
         except Exception as error:
@@ -209,9 +214,41 @@ class Executor(BaseExecutor):
             self._session.end(wait)
 
 
+class _Naps:
+    """Spares whoever takes one result after the other being woken for each: that costs more than a small call."""
+
+    def __init__(self) -> None:
+        self._taken_s = -NAP_S  # when a result that was waited for came in
+
+    def before_waiting(self) -> None:
+        """Sleep for a moment, if results come in fast."""
+        if time.monotonic() - self._taken_s < NAP_S:
+            time.sleep(NAP_S)
+
+    def after_waiting(self) -> None:
+        """It came in."""
+        self._taken_s = time.monotonic()
+
+
+class _Future(Future[T]):
+    """A future whose `result` naps."""
+
+    naps: _Naps
+
+    def result(self, timeout: float | None = None) -> T:
+        if self.done() or timeout is not None:
+            return super().result(timeout)
+        self.naps.before_waiting()
+        try:
+            return super().result()
+        finally:
+            self.naps.after_waiting()
+
+
 class _Submitted:
     """A task whose end a future waits for."""
 
+    is_chunk: ClassVar[bool] = False
     __slots__ = ("_call", "_future")
 
     def __init__(self, future: Future[Any], call: calls.Call) -> None:
@@ -236,6 +273,7 @@ class _Submitted:
 class _Chunk:
     """A task that is a part of a map."""
 
+    is_chunk: ClassVar[bool] = False
     __slots__ = ("_call", "_results", "error", "is_done", "is_unwanted", "value")
 
     def __init__(self, results: Results, call: calls.Call | None, error: BaseException | None) -> None:
@@ -286,6 +324,7 @@ class Results:
         self._done = threading.Condition()
         self._awaited: _Chunk | None = None
         self._is_bounded = most is not None
+        self._naps = _Naps()
         for _ in itertools.count() if most is None else range(most):
             if not self._put_one():
                 break
@@ -317,6 +356,7 @@ class Results:
                 self._done.notify()
 
     def _wait(self, chunk: _Chunk, end_s: float | None) -> None:
+        self._naps.before_waiting()
         self._awaited = chunk  # before the look: `note` looks after it has changed what we look at
         with self._done:
             while not chunk.is_done:
@@ -324,6 +364,8 @@ class Results:
                 if left_s is not None and left_s <= 0:
                     raise TimeoutError
                 self._done.wait(left_s)
+        self._awaited = None
+        self._naps.after_waiting()
 
     def _next(self, end_s: float | None) -> _Chunk:
         """Take the chunk whose turn it is, when it has ended."""
@@ -341,7 +383,11 @@ class Results:
                     raise chunk.error
                 if self._is_bounded:
                     self._put_one()
-                yield from chunk.value
+                values = chunk.value
+                values.reverse()
+                del chunk
+                while values:  # popped, so that nothing here keeps what the user has dropped
+                    yield values.pop()
         finally:
             for chunk in self._ahead:
                 chunk.is_unwanted = True

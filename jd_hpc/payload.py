@@ -159,8 +159,8 @@ def check_finite(rows: NDArray[Any], what: str) -> None:
         raise PayloadError(f"{what} contains NaN, and allow_nan is False; find out why, or set allow_nan = True")
 
 
-def pack(value: Any, what: str) -> tuple[Frames, int]:
-    """Pickle `value`; return the pieces of its message and their size in bytes, without copying the buffers inside it.
+def pickled(value: Any, what: str) -> tuple[bytes, list[pickle.PickleBuffer]]:
+    """Pickle `value`; return the pickle and the buffers that belong to it.
 
     Raises
     ------
@@ -169,15 +169,37 @@ def pack(value: Any, what: str) -> tuple[Frames, int]:
     """
     buffers: list[pickle.PickleBuffer] = []
     try:
-        head = pickle.dumps(value, 5, buffer_callback=buffers.append)
-        frames = [memoryview(head), *(buffer.raw() for buffer in buffers)]
+        return pickle.dumps(value, 5, buffer_callback=buffers.append), buffers
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        raise PayloadError(
-            f"{what} cannot be pickled: {type(error).__name__}: {error}. Keep locks, files, lambdas and generators out of it, or "
-            f"make it plain data"
-        ) from error
+        raise _cannot_be_pickled(what, error) from error
+
+
+def _cannot_be_pickled(what: str, error: BaseException) -> PayloadError:
+    return PayloadError(
+        f"{what} cannot be pickled: {type(error).__name__}: {error}. Keep locks, files, lambdas and generators out of it, or "
+        f"make it plain data"
+    )
+
+
+def pack(value: Any, what: str) -> tuple[Frames, int]:
+    """Pickle `value`; return the pieces of its message and their size in bytes, without copying the buffers inside it.
+
+    Raises
+    ------
+    PayloadError
+        If it cannot be pickled.
+    """
+    return framed(*pickled(value, what), what)
+
+
+def framed(head: bytes, buffers: list[pickle.PickleBuffer], what: str) -> tuple[Frames, int]:
+    """Do the second half of `pack`."""
+    try:
+        frames = [memoryview(head), *(buffer.raw() for buffer in buffers)]
+    except BufferError as error:
+        raise _cannot_be_pickled(what, error) from error
     table = np.array([len(frames), *(frame.nbytes for frame in frames)], "i8")
     frames.insert(0, memoryview(table.view("u1").data))
     return frames, sum(_aligned(frame.nbytes) for frame in frames)

@@ -23,10 +23,9 @@ import numpy as np
 from jd_hpc import calls
 from jd_hpc.executor import Executor, Results
 from jd_hpc.futures_server import Hub
+from jd_hpc.guide import Guide
 from jd_hpc.session import Session
 
-CHUNK_S = 0.005
-"""What a chunk may take, from the master and back, to be made larger: a message costs less than a hundredth of that."""
 LOOK_AHEAD = 4
 """Chunks for each slave by which imap is ahead of what was taken."""
 
@@ -208,7 +207,7 @@ class Pool:
         BrokenExecutor
             If the run ended early: its cause says why.
         """
-        return self._map(func, iterable, chunksize, False).wait(callback)
+        return self._map(func, iterable, chunksize, False, callback is not None).wait(callback)
 
     def starmap(self, func: Callable[..., Any], iterable: Iterable[Iterable[Any]], chunksize: int | None = None) -> list[Any]:
         """Return the results of ``func(*member)``, in order: as `map`, for functions of several arguments."""
@@ -273,12 +272,14 @@ class Pool:
         self._running()
         return self._executor.submit(func, *args, **kwargs)
 
-    def _map(self, func: Callable[..., Any], iterable: Iterable[Any], chunksize: int | None, starred: bool) -> _Map:
+    def _map(
+        self, func: Callable[..., Any], iterable: Iterable[Any], chunksize: int | None, starred: bool, is_heard: bool = False
+    ) -> _Map:
         session = self._running()
         if chunksize is not None and chunksize < 1:
             raise ValueError(f"chunksize = {chunksize} must be at least 1")
         members = iterable if type(iterable) in (list, tuple, range, np.ndarray) else list(iterable)
-        return _Map(session, func, members, Guide(self.size, chunksize), starred)  # type: ignore[arg-type]
+        return _Map(session, func, members, Guide(self.size, chunksize), starred, is_heard)  # type: ignore[arg-type]
 
     def _running(self) -> Session:
         if self.is_worker():
@@ -403,37 +404,12 @@ class AsyncResult:
         return not self._future.cancelled() and self._future.exception() is None
 
 
-class Guide:
-    """How large the next chunk is: guided self-scheduling. It starts with single calls.
-
-    Parameters
-    ----------
-    places : int
-        Where chunks run at the same time.
-    fixed : int, optional
-        The answer, if it is known.
-    """
-
-    def __init__(self, places: int, fixed: int | None = None) -> None:
-        self.places = places
-        self._fixed = fixed
-        self._size = 1
-        self._call_s = 0.0
-
-    def next(self, left: int) -> int:
-        """Return the size of the next chunk, if there are `left` calls to be given out."""
-        return min(left, self._fixed or max(1, min(self._size, left // (2 * self.places))))
-
-    def note(self, count: int, seconds: float) -> None:
-        """A chunk of `count` calls took so long. One that is slow counts at once, the quick ones after it little by little."""
-        self._call_s = max(seconds / count, self._call_s / 2)
-        self._size = int(min(CHUNK_S / max(self._call_s, 1e-9), max(self._size, 2 * count)))
-
-
 class _Map:
     """A map. Its tickets run in the session, each with one chunk after the other."""
 
-    def __init__(self, session: Session, function: Callable[..., Any], members: Sequence[Any], guide: Guide, starred: bool) -> None:
+    def __init__(
+        self, session: Session, function: Callable[..., Any], members: Sequence[Any], guide: Guide, starred: bool, is_heard: bool
+    ) -> None:
         self.future: Future[list[Any]] = Future()
         self.future.set_running_or_notify_cancel()
         self.session, self.guide = session, guide
@@ -442,7 +418,8 @@ class _Map:
         self._given = 0  # to slaves
         self._open = len(members)
         self._results: list[Any] = [None] * len(members)
-        self.came: SimpleQueue[list[Any] | None] = SimpleQueue()
+        self._is_heard = is_heard
+        self._came: SimpleQueue[list[Any] | None] = SimpleQueue()  # what a callback is to get; None: no more
         if not self._open:
             self._finish()
         for _ in range(min(len(members), session.places)):
@@ -464,25 +441,26 @@ class _Map:
         """A chunk has ended."""
         self._results[first : first + len(values)] = values
         self._open -= len(values)
-        self.came.put(values)
+        if self._is_heard:
+            self._came.put(values)
         if not self._open:
             self._finish()
 
     def _finish(self) -> None:
         with contextlib.suppress(InvalidStateError):
             self.future.set_result(self._results)
-        self.came.put(None)
+        self._came.put(None)
 
     def fail(self, error: BaseException) -> None:
         """Nothing more goes out: from any thread."""
         with contextlib.suppress(InvalidStateError):
             self.future.set_exception(error)
-        self.came.put(None)
+        self._came.put(None)
 
     def wait(self, callback: Callable[[Any], object] | None) -> list[Any]:
         """Return the results when all are there."""
         try:
-            while callback is not None and (values := self.came.get()) is not None:
+            while callback is not None and (values := self._came.get()) is not None:
                 for value in values:
                     callback(value)
             return self.future.result()
@@ -496,6 +474,7 @@ class _Map:
 class _Ticket:
     """A task of the session's: a chunk of a map, and after it the next one."""
 
+    is_chunk: ClassVar[bool] = True
     __slots__ = ("_begun_s", "_count", "_first", "_map")
 
     def __init__(self, whole: _Map) -> None:
