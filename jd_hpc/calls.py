@@ -11,7 +11,6 @@ The rules it keeps:
 
 from __future__ import annotations
 
-import importlib.util
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -55,14 +54,14 @@ def dumps(value: Any, what: str, buffers: list[Any] | None = None) -> bytes:
     except Exception as error:
         if buffers:
             buffers.clear()
-        if importlib.util.find_spec("cloudpickle") is None:
+        try:
+            import cloudpickle
+        except ImportError:
             raise PayloadError(
                 f"{what} cannot be pickled: {type(error).__name__}: {error}. A function must be defined at the top of a module "
                 f"that the slaves can import; with `pip install cloudpickle` lambdas and functions inside functions travel too. "
                 f"Keep locks, files and generators out of the arguments"
             ) from error
-    import cloudpickle
-
     try:
         packed: bytes = cloudpickle.dumps(value, 5, buffer_callback=keep)
     except Exception as error:
@@ -140,5 +139,17 @@ def run(job: Call) -> Answer:
 
 
 def opened(answer: Answer) -> Any:
-    """Return a result that arrived."""
-    return pickle.loads(answer) if isinstance(answer, bytes) else _loads(*answer)
+    """Return a result that arrived.
+
+    Raises
+    ------
+    PayloadError
+        If it was pickled well, but cannot be rebuilt here.
+    """
+    try:
+        return pickle.loads(answer) if isinstance(answer, bytes) else _loads(*answer)
+    except Exception as error:
+        raise PayloadError(
+            f"a result was pickled, but cannot be rebuilt here: {type(error).__name__}: {error}. Can this rank import what it is "
+            f"made of?"
+        ) from error

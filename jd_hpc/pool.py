@@ -26,6 +26,8 @@ from jd_hpc.futures_server import Hub
 from jd_hpc.guide import Guide
 from jd_hpc.session import Session
 
+BEGIN_LIMIT_S = 5.0
+"""After an error of the master's nobody waits any longer for slaves that have not come yet."""
 LOOK_AHEAD = 4
 """Chunks for each slave by which imap is ahead of what was taken."""
 
@@ -149,8 +151,11 @@ class Pool:
         """
         if self.is_worker():
             return self.wait()
+        return self._break_off(None)
+
+    def _break_off(self, begin_limit_s: float | None) -> None:
         self._leave()
-        return self._session.break_off(RuntimeError("the pool was terminated"), wait=self.workers != {0})
+        self._session.break_off(RuntimeError("the pool was terminated"), self.workers != {0}, begin_limit_s)
 
     def _leave(self) -> None:
         self._is_closed = True
@@ -167,7 +172,7 @@ class Pool:
             self.close()
             self.join()
         else:
-            self.terminate()
+            self._break_off(BEGIN_LIMIT_S)
         return False
 
     def __reduce__(self) -> NoReturn:

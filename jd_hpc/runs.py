@@ -98,7 +98,7 @@ class Run:
                 with self._history() as history:
                     return self._go_alone(history)
             core = load_core()
-            channel = machine.channel()
+            channel = self._channel(machine)
             chaos.arm_from_environment(machine.rank, machine.size)
             if machine.is_master:
                 master = core.Master(
@@ -109,6 +109,14 @@ class Run:
             slave = core.Slave(channel.handle, channel.next_run(), channel.body_turn)
             with Interrupts(slave):
                 return self._go_as_slave(channel, slave)
+
+    def _channel(self, machine: MPIMachine) -> Channel:
+        """Come together with the other ranks. After a Ctrl-C meanwhile nobody may wait for them, not even in MPI_Finalize."""
+        try:
+            return machine.channel()
+        except BaseException:
+            ending.failed("the ranks have not come together")
+            raise
 
     # ---- alone -------------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import BrokenExecutor
 from typing import Any, ClassVar, Protocol
 
-from jd_hpc import calls
+from jd_hpc import calls, ending
 from jd_hpc.dispatcher import JobDispatcher
 from jd_hpc.errors import JobError, PayloadError
 from jd_hpc.guide import Guide
@@ -179,7 +179,7 @@ class Server(JobDispatcher):
         task = self._ended(index)
         try:
             value = calls.opened(result)
-        except Exception as error:  # it was pickled well, but cannot be rebuilt here
+        except PayloadError as error:
             task.fail(error)
         else:
             task.end(value)
@@ -245,6 +245,7 @@ class Session:
         self._changed = threading.Condition()
         self._sleeping = False
         self._ending = False
+        self._has_begun = threading.Event()
         self._error: BaseException | None = None
         self._broken_off: BaseException | None = None
         self._thread = threading.Thread(target=self._main, name="jd_hpc session", daemon=True)
@@ -301,21 +302,29 @@ class Session:
         """Forget what has not gone out. A run that is just beginning may give out something first: then it is known to work."""
         if self._server.waiting:
             self._server.first_began.wait(BEGIN_WAIT_S)
+        self._cancel_waiting()
+
+    def _cancel_waiting(self) -> None:
         while self._server.waiting:
             with contextlib.suppress(IndexError):
                 self._server.waiting.popleft().cancel()
 
-    def break_off(self, why: BaseException, wait: bool = True) -> None:
+    def break_off(self, why: BaseException, wait: bool = True, begin_limit_s: float | None = None) -> None:
         """End the run now, for this reason. What slaves run now comes to its end, and nobody hears of it.
 
-        Without `wait` nobody waits for that, not even the end of the program.
+        Without `wait` nobody waits for that, not even the end of the program; nor if the slaves have not come within the limit.
         """
         self._broken_off = why
         if (engine := self._engine) is not None:
             engine.break_off(why)
-        self.cancel()
-        self.end(wait)
-        if not wait:
+        self._cancel_waiting()
+        self.end(wait=False)
+        if wait and not self._has_begun.wait(begin_limit_s):
+            ending.failed("the slaves have not come")
+            wait = False
+        if wait:
+            self.end()
+        else:
             atexit.unregister(self.end)
 
     def end(self, wait: bool = True) -> None:
@@ -339,6 +348,7 @@ class Session:
         finally:
             self._ending = True
             self._engine = None
+            self._has_begun.set()
             why = self._error or RuntimeError("the run has ended before its tasks")
             while (task := self._server.forsaken()) is not None:
                 task.fail(self._broken(why))
@@ -350,6 +360,7 @@ class Session:
 
     def _work(self, engine: Engine) -> None:
         self._engine = engine
+        self._has_begun.set()
         self._server.wake = engine.wake
         while self._broken_off is None:
             engine.run_jobs()
