@@ -85,7 +85,8 @@ class Server(JobDispatcher):
         **options: Any,
     ) -> None:
         most = BUNDLE_MOST if payload_limit is None else 1  # results that fit one by one may not fit together
-        super().__init__(vm, **{"grain": most, **options})
+        # one message at a time: a call that waits behind a long one on its slave could run elsewhere
+        super().__init__(vm, **{"grain": most, "credit": 1, **options})
         if payload_limit is not None:
             self.payload_limit = payload_limit
         slots = self.machine.slots if self.max_slaves is None else min(self.machine.slots, self.max_slaves)

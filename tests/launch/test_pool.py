@@ -163,7 +163,7 @@ def examples(launching):
 
     def end(case):
         with launching() as start:
-            return start(case[1], str(EXAMPLES / f"pool_{case[0]}.py")).wait(60)
+            return start(case[1], str(EXAMPLES / f"pool_{case[0]}.py")).wait(120)
 
     cases = [(name, size) for name in ANSWERS for size in (0, 4)]
     with ThreadPoolExecutor(2) as pool:
