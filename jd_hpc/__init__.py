@@ -36,6 +36,7 @@ from jd_hpc.errors import (
 )
 from jd_hpc.executor import Executor
 from jd_hpc.machine import LocalMachine, MPIMachine
+from jd_hpc.pool import Pool, register_parallel_backend
 
 __version__ = "0.1.0"
 
@@ -64,6 +65,7 @@ __all__ = [
     "MessageError",
     "NestedRunError",
     "PayloadError",
+    "Pool",
     "ProcessDiedError",
     "ProgressError",
     "ProtocolError",
@@ -76,4 +78,5 @@ __all__ = [
     "__version__",
     "dispatch",
     "map_array",
+    "register_parallel_backend",
 ]

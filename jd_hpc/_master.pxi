@@ -114,6 +114,10 @@ cdef class Master(Deliverer):
         """There are jobs again: from any thread, while run_jobs runs."""
         self.woken = True
 
+    def break_off(self, error):
+        """Have run_jobs raise this: from any thread."""
+        self.fail(error)
+
     def look_around(self):
         """Between two calls of run_jobs, now and then: hear who is still there."""
         self.take_in_all()

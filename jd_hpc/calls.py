@@ -7,42 +7,33 @@ The rules it keeps:
   that is installed.
 - A function is unpickled once per process, not once per call. Other callables, such as methods of an object, are made anew for
   every call: what one call finds in them must not depend on which slave ran the one before.
+- Arrays inside arguments and results may be written to, as after any other way between processes.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 from jd_hpc.errors import PayloadError
 
 KNOWN_FUNCTIONS = 64
 """Functions that a slave keeps unpickled: those used last."""
+APART_FROM_BYTES = 4096
+"""Memory of this size and more is not copied into the pickle; for less the detour costs more than the copy."""
 
+SINGLE, PLAIN, STARRED = range(3)
+"""Kinds of calls: one; a chunk with one argument for each; a chunk with many."""
 
-class Call(NamedTuple):
-    """A call as it travels: ``function(*arguments, **keywords)``, or one for each member of a chunk.
-
-    Attributes
-    ----------
-    function : bytes
-        The pickled function.
-    arguments : bytes
-        Pickled: (arguments, keywords), or for a chunk a list of arguments.
-    buffers : sequence of pickle.PickleBuffer
-        What belongs to `arguments` and is not copied into it: the memory of large arrays.
-    is_chunk : bool
-        Whether it stands for many calls; the result is the list of their results then.
-    """
-
-    function: bytes
-    arguments: bytes
-    buffers: Sequence[Any]
-    is_chunk: bool
+Call: TypeAlias = tuple[bytes, bytes, Sequence[Any], int]
+"""A call as it travels, a plain tuple because a class of ours would pickle five times slower: the pickled function; its pickled
+arguments, which are (arguments, keywords), or for a chunk a list of arguments; the memory that is not copied into these; the kind.
+The result of a chunk is the list of its results."""
+Answer: TypeAlias = bytes | tuple[bytes, Sequence[Any]]
+"""A result as it travels: pickled, with the memory that is not copied into it."""
 
 
 def dumps(value: Any, what: str, buffers: list[Any] | None = None) -> bytes:
@@ -53,20 +44,26 @@ def dumps(value: Any, what: str, buffers: list[Any] | None = None) -> bytes:
     PayloadError
         If it cannot be pickled, with the cure.
     """
-    keep = None if buffers is None else buffers.append
+
+    def keep(buffer: pickle.PickleBuffer) -> bool:
+        if buffers is None or memoryview(buffer).nbytes < APART_FROM_BYTES:
+            return True
+        buffers.append(buffer)
+        return False
+
     try:
         return pickle.dumps(value, 5, buffer_callback=keep)
     except Exception as error:
         if buffers:
             buffers.clear()
-        if importlib.util.find_spec("cloudpickle") is None:
+        try:
+            import cloudpickle
+        except ImportError:
             raise PayloadError(
                 f"{what} cannot be pickled: {type(error).__name__}: {error}. A function must be defined at the top of a module "
                 f"that the slaves can import; with `pip install cloudpickle` lambdas and functions inside functions travel too. "
                 f"Keep locks, files and generators out of the arguments"
             ) from error
-    import cloudpickle
-
     try:
         packed: bytes = cloudpickle.dumps(value, 5, buffer_callback=keep)
     except Exception as error:
@@ -91,13 +88,20 @@ def call(function: Callable[..., Any], arguments: Sequence[Any], keywords: Mappi
     """Make a call ready to travel."""
     buffers: list[Any] = []
     packed = dumps((tuple(arguments), dict(keywords)), f"an argument of {name_of(function)}", buffers)
-    return Call(packed_function(function), packed, buffers, False)
+    return packed_function(function), packed, buffers, SINGLE
 
 
-def chunk(function: bytes, name: str, members: Sequence[Sequence[Any]]) -> Call:
-    """Make a chunk of calls of a packed function ready to travel: one for each sequence of arguments."""
+def chunk(function: bytes, name: str, members: Sequence[Any], starred: bool = True) -> Call:
+    """Make a chunk of calls of a packed function ready to travel: one for each argument, or `starred`, sequence of arguments."""
     buffers: list[Any] = []
-    return Call(function, dumps(members, f"an argument of {name}", buffers), buffers, True)
+    return function, dumps(members, f"an argument of {name}", buffers), buffers, STARRED if starred else PLAIN
+
+
+def bytes_of(job: Call) -> int:
+    """Return what a call weighs, but for the wrapping."""
+    function, arguments, buffers, _ = job
+    apart_bytes = sum(memoryview(buffer).nbytes for buffer in buffers) if buffers else 0
+    return len(function) + len(arguments) + apart_bytes
 
 
 _functions: OrderedDict[bytes, Callable[..., Any]] = OrderedDict()
@@ -117,11 +121,38 @@ def _function(packed: bytes) -> Callable[..., Any]:
     return function
 
 
-def run(job: tuple[bytes, bytes, Sequence[Any], bool]) -> Any:
-    """Run a call that arrived, and return its result."""
-    packed, arguments, buffers, is_chunk = job
+def _loads(packed: bytes, buffers: Sequence[Any]) -> Any:
+    return pickle.loads(packed, buffers=[bytearray(buffer) for buffer in buffers] if buffers else ())
+
+
+def run(job: Call) -> Answer:
+    """Run a call that arrived, and return its result as it travels."""
+    packed, arguments, buffers, kind = job
     function = _function(packed)
-    given = pickle.loads(arguments, buffers=buffers)
-    if is_chunk:
-        return [function(*member) for member in given]
-    return function(*given[0], **given[1])
+    given = _loads(arguments, buffers)
+    if kind == PLAIN:
+        result: Any = [function(member) for member in given]
+    elif kind == STARRED:
+        result = [function(*member) for member in given]
+    else:
+        result = function(*given[0], **given[1])
+    apart: list[Any] = []
+    answer = dumps(result, f"the result of {name_of(function)}", apart)
+    return (answer, apart) if apart else answer
+
+
+def opened(answer: Answer) -> Any:
+    """Return a result that arrived.
+
+    Raises
+    ------
+    PayloadError
+        If it was pickled well, but cannot be rebuilt here.
+    """
+    try:
+        return pickle.loads(answer) if isinstance(answer, bytes) else _loads(*answer)
+    except Exception as error:
+        raise PayloadError(
+            f"a result was pickled, but cannot be rebuilt here: {type(error).__name__}: {error}. Can this rank import what it is "
+            f"made of?"
+        ) from error

@@ -284,15 +284,23 @@ class Dispatch(JobDispatcher):
         index, job = given
         return call_of(job, index) if self._travels else parts_of(job, index)
 
-    def process_job(self, job: calls.Call | Parts) -> Any:
+    def process_job(self, job: Any) -> Any:
         """Make the call."""
-        if isinstance(job, calls.Call):
+        if self._travels:
             return calls.run(job)
         function, args, kwargs = job
         return function(*args, **kwargs)
 
     def process_result(self, index: int, job: Any, result: Any) -> None:
         """Hand a result over."""
+        if self._travels:
+            try:
+                result = calls.opened(result)
+            except PayloadError as error:
+                error.add_note(f"This was the result of job {index}.")
+                if not self._returns_errors:
+                    raise
+                result = error
         self._exchange.deliver(index, result)
 
     def process_failure(self, index: int, job: Any, error: JobError) -> None:

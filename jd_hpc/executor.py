@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import Executor as BaseExecutor
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from jd_hpc import calls, futures_server
+from jd_hpc.machine import LocalMachine, MPIMachine
 from jd_hpc.session import Server, Session
 
 T = TypeVar("T")
@@ -87,15 +88,20 @@ class Executor(BaseExecutor):
         return self._server.machine.is_master
 
     @property
+    def machine(self) -> LocalMachine | MPIMachine:
+        """Where the calls run."""
+        return self._server.machine
+
+    @property
     def stats(self) -> dict[str, int]:
         """As `JobDispatcher.stats`, after the end."""
         return self._server.stats
 
     def __enter__(self) -> Executor | None:  # type: ignore[override]
         if self.is_master:
-            self._begin()
+            self.begin()
             return self
-        self._server.run()
+        self.serve()
         return None
 
     def __exit__(
@@ -105,7 +111,12 @@ class Executor(BaseExecutor):
             self.shutdown(wait=True)
         return False
 
-    def _begin(self) -> Session:
+    def serve(self) -> None:
+        """Slave: serve until the master's executor is shut down."""
+        self._server.run()
+
+    def begin(self) -> Session:
+        """Master: begin, unless that was done, and return the open run."""
         with self._lock:
             if self._is_over:
                 raise RuntimeError("cannot schedule new futures after shutdown")
@@ -135,7 +146,7 @@ class Executor(BaseExecutor):
         BrokenExecutor
             If the run ended early: its cause says why.
         """
-        session = self._session or self._begin()
+        session = self._session or self.begin()
         future: _Future[T] = _Future()
         future.naps = self._naps
         try:
@@ -183,7 +194,7 @@ class Executor(BaseExecutor):
         end_s = None if timeout is None else time.monotonic() + timeout
         members = zip(*iterables, strict=False)
         chunks = iter(lambda: tuple(itertools.islice(members, chunksize)), ())
-        return Results(self._session or self._begin(), function, chunks, buffersize).items(end_s)
+        return Results(self._session or self.begin(), function, chunks, buffersize).items(end_s)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more calls, and let the slaves go when all have ended.
@@ -237,6 +248,7 @@ class _Future(Future[T]):
 class _Submitted:
     """A task whose end a future waits for."""
 
+    is_chunk: ClassVar[bool] = False
     __slots__ = ("_call", "_future")
 
     def __init__(self, future: Future[Any], call: calls.Call) -> None:
@@ -261,6 +273,7 @@ class _Submitted:
 class _Chunk:
     """A task that is a part of a map."""
 
+    is_chunk: ClassVar[bool] = False
     __slots__ = ("_call", "_results", "error", "is_done", "is_unwanted", "value")
 
     def __init__(self, results: Results, call: calls.Call | None, error: BaseException | None) -> None:
@@ -310,14 +323,20 @@ class Results:
         self._ahead: deque[_Chunk] = deque()
         self._done = threading.Condition()
         self._awaited: _Chunk | None = None
+        self._is_bounded = most is not None
         self._naps = _Naps()
         for _ in itertools.count() if most is None else range(most):
             if not self._put_one():
                 break
-        self._is_bounded = most is not None
 
     def _put_one(self) -> bool:
-        members = next(self._chunks, None)
+        try:
+            members = next(self._chunks, None)
+        except Exception as error:
+            if not self._is_bounded:
+                raise
+            self._ahead.append(_Chunk(self, None, error))  # in its place: the results before it are not lost
+            return False
         if members is None:
             return False
         try:
@@ -348,14 +367,18 @@ class Results:
         self._awaited = None
         self._naps.after_waiting()
 
+    def _next(self, end_s: float | None) -> _Chunk:
+        """Take the chunk whose turn it is, when it has ended."""
+        chunk = self._ahead[0]
+        if not chunk.is_done:
+            self._wait(chunk, end_s)
+        return self._ahead.popleft()
+
     def items(self, end_s: float | None) -> Iterator[Any]:
         """Return the iterator; it raises TimeoutError after the time `end_s`."""
         try:
             while self._ahead:
-                chunk = self._ahead[0]
-                if not chunk.is_done:
-                    self._wait(chunk, end_s)
-                self._ahead.popleft()
+                chunk = self._next(end_s)
                 if chunk.error is not None:
                     raise chunk.error
                 if self._is_bounded:

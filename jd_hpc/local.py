@@ -66,6 +66,7 @@ class Engine:
         self._plan = plan
         self._clock = _Clock(drain, asked)
         self._evaluator = plan.evaluator()
+        self._failure: BaseException | None = None
         self.count = self.put_back = 0
 
     def run_jobs(self) -> None:
@@ -88,6 +89,8 @@ class Engine:
             if not len(jobs):
                 return
             self.count += len(jobs)
+            if self._failure is not None:
+                raise self._failure
             if self._clock.is_over():
                 self.put_back = len(jobs)
                 return
@@ -113,6 +116,10 @@ class Engine:
 
     def wake(self) -> None:
         """There are jobs again: from any thread. Nothing is needed: run_jobs asks after every batch."""
+
+    def break_off(self, error: BaseException) -> None:
+        """Have run_jobs raise this after the batch that runs: from any thread."""
+        self._failure = error
 
     def look_around(self) -> None:
         """Between two calls of run_jobs: there is nobody to hear."""

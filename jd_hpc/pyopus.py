@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 from jd_hpc import calls, dispatcher, futures_server
 from jd_hpc.dispatch import Collector, Exchange, call_of, parts_of
-from jd_hpc.errors import Failure, JobError, LaunchError
+from jd_hpc.errors import Failure, JobError, LaunchError, PayloadError
 from jd_hpc.machine import MPIMachine
 from jd_hpc.session import Server, Session
 
@@ -145,8 +145,8 @@ class MPI:
         cOS.finalize()
 
 
-def run_task(number: int, call: calls.Call) -> tuple[HostID, Any]:
-    """Slave: run a task; return where, and its result."""
+def run_task(number: int, call: calls.Call) -> tuple[HostID, calls.Answer]:
+    """Slave: run a task; return where, and its result as it travels."""
     MPI._taskNumber = number
     try:
         return MPI.hostID(), calls.run(call)
@@ -175,6 +175,8 @@ class Task:
     host : HostID or None
         Where it ran, if a slave ran it.
     """
+
+    is_chunk: ClassVar[bool] = False
 
     def __init__(self, system: OpusOS, tid: int, parent: int, call: calls.Call | None = None) -> None:
         self.tid, self.parent = tid, parent
@@ -209,9 +211,13 @@ class Task:
             return None
         return self._call
 
-    def end(self, value: tuple[HostID, Any]) -> None:
+    def end(self, value: tuple[HostID, calls.Answer]) -> None:
         """Take the result."""
-        self.host, self._value = value
+        self.host, answer = value
+        try:
+            self._value = calls.opened(answer)
+        except PayloadError as error:
+            self._error = error
         self._system.note_end(self)
 
     def fail(self, error: BaseException) -> None:

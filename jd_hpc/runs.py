@@ -49,6 +49,9 @@ class Engine(Protocol):
     def wake(self) -> None:
         """There are jobs again: from any thread."""
 
+    def break_off(self, error: BaseException) -> None:
+        """Have run_jobs raise this: from any thread."""
+
     def look_around(self) -> None:
         """Between two calls of run_jobs, now and then."""
 
@@ -100,7 +103,7 @@ class Run:
                     return self._go_alone(history)
             core = load_core()
             with machine.claim() as self._claim:
-                channel = machine.channel()
+                channel = self._channel(machine)
                 chaos.arm_from_environment(machine.rank, machine.size)
                 if machine.is_master:
                     master = core.Master(
@@ -111,6 +114,14 @@ class Run:
                 slave = core.Slave(channel.handle, channel.next_run(), channel.body_turn)
                 with Interrupts(slave):
                     return self._go_as_slave(machine, channel, slave, core)
+
+    def _channel(self, machine: MPIMachine) -> Channel:
+        """Come together with the other ranks. After a Ctrl-C meanwhile nobody may wait for them, not even in MPI_Finalize."""
+        try:
+            return machine.channel()
+        except BaseException:
+            ending.failed("the ranks have not come together")
+            raise
 
     # ---- alone -------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,534 @@
+"""Pool: the interface of multiprocessing.Pool over MPI, used as schwimmbad's. A thin room over executor.py and session.py.
+
+The rules it keeps:
+
+- Slaves serve in the constructor and leave the program there, unless told otherwise: only the master comes to what follows.
+- A chunk is cut when a slave is free for it, by what the chunks before it took.
+- The iterable that a user gives is read in the user's thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, InvalidStateError, wait
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, ClassVar, Literal, NoReturn, Self
+
+import numpy as np
+
+from jd_hpc import calls
+from jd_hpc.executor import Executor, Results
+from jd_hpc.futures_server import Hub
+from jd_hpc.guide import Guide
+from jd_hpc.session import Session
+
+BEGIN_LIMIT_S = 5.0
+"""After an error of the master's nobody waits any longer for slaves that have not come yet."""
+LOOK_AHEAD = 4
+"""Chunks for each slave by which imap is ahead of what was taken."""
+
+
+class Pool:
+    """Runs functions on the slaves of a communicator, as `multiprocessing.Pool` does on processes.
+
+    Every rank makes it. On a slave the constructor serves until the master's pool is closed, and then leaves the program
+    (`SystemExit(0)`), so that only the master goes on::
+
+        with Pool() as pool:
+            print(pool.map(function, range(100)))
+
+    The lines that schwimmbad asks for, ``if not pool.is_master(): pool.wait(); sys.exit(0)``, do no harm and are not needed. Under
+    ``python -m jd_hpc.futures script.py`` only the master runs the script. With one rank, or no MPI, calls run in a thread of this
+    process.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Intracomm, MPIMachine or LocalMachine, optional
+        Where the slaves are. Default: COMM_WORLD, or nowhere else if there is no MPI.
+    serve : bool
+        False: the constructor returns on slaves too, and each of them calls `wait()`, which returns when the pool is closed.
+    max_slaves : int, optional
+        Use at most so many slaves.
+    initializer : callable, optional
+        Is called on each slave before its first call: ``initializer(*initargs)``.
+    initargs : tuple
+        Its arguments.
+    use_dill : bool
+        Changes nothing: what pickle cannot do goes by cloudpickle, if that is installed.
+    **options
+        Of `JobDispatcher`: `credit`, `max_attempts`, `job_timeout_s`, `isolate`, ...; and `payload_limit`.
+
+    Raises
+    ------
+    SystemExit
+        On a slave, when it has served.
+    LaunchError
+        If the ranks were not launched as one MPI run, or `comm` is no communicator.
+
+    Attributes
+    ----------
+    rank : int
+        This rank.
+    size : int
+        How many calls can run at once: the number of slaves, or 1.
+    workers : set of int
+        The ranks that run calls.
+    """
+
+    current: ClassVar[Pool | None] = None
+    """The master's pool that was made last and is open, if any."""
+
+    def __init__(
+        self,
+        comm: Any = None,
+        *,
+        serve: bool = True,
+        max_slaves: int | None = None,
+        initializer: Callable[..., object] | None = None,
+        initargs: tuple[Any, ...] = (),
+        use_dill: bool = False,
+        **options: Any,
+    ) -> None:
+        self._executor = Executor(_world(comm), max_slaves, initializer=initializer, initargs=initargs, **options)
+        machine = self._executor.machine
+        self.rank: int = machine.rank
+        self.size: int = machine.slots if max_slaves is None else min(machine.slots, max_slaves)
+        self.workers: set[int] = set(range(1, 1 + self.size)) if machine.size > 1 else {0}
+        self._has_served = self._is_closed = False
+        if self.is_master():
+            self._session = self._executor.begin()
+            Pool.current = self
+        elif serve:
+            self.wait()
+            raise SystemExit(0)
+
+    def is_master(self) -> bool:
+        """Tell whether this is the rank that hands out calls."""
+        return self.rank == 0
+
+    def is_worker(self) -> bool:
+        """Tell whether this is a slave."""
+        return self.rank > 0
+
+    def wait(self) -> None:
+        """Slave: serve until the master's pool is closed. On the master it returns at once."""
+        if self.is_worker() and not self._has_served:
+            self._has_served = True
+            self._executor.serve()
+
+    # ---- the end -----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Take no more calls; the slaves leave when those that were given have ended. A slave that has not served does so now."""
+        if self.is_worker():
+            return self.wait()
+        self._leave()
+        return self._executor.shutdown(wait=False)
+
+    def join(self) -> None:
+        """Return when all has ended.
+
+        Raises
+        ------
+        ValueError
+            If the pool was not closed before.
+        """
+        if self.is_worker():
+            return None
+        if not self._is_closed:
+            raise ValueError("the pool is still running: call close() or terminate() first")
+        return self._executor.shutdown(wait=True)
+
+    def terminate(self) -> None:
+        """End now: what no slave has begun is not done, and of what slaves do the results are not waited for.
+
+        A call that a slave has begun cannot be broken off: the slave leaves the pool after it, and this returns then. With none it
+        returns at once, and the call goes on in its thread.
+        """
+        if self.is_worker():
+            return self.wait()
+        return self._break_off(None)
+
+    def _break_off(self, begin_limit_s: float | None) -> None:
+        self._leave()
+        self._session.break_off(RuntimeError("the pool was terminated"), self.workers != {0}, begin_limit_s)
+
+    def _leave(self) -> None:
+        self._is_closed = True
+        if Pool.current is self:
+            Pool.current = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> Literal[False]:
+        if error is None or self.is_worker():
+            self.close()
+            self.join()
+        else:
+            self._break_off(BEGIN_LIMIT_S)
+        return False
+
+    def __reduce__(self) -> NoReturn:
+        raise NotImplementedError("a Pool cannot be pickled: keep it out of the arguments and of what the function refers to")
+
+    # ---- calls -------------------------------------------------------------------------------------------------------
+
+    def map(
+        self,
+        func: Callable[[Any], Any],
+        iterable: Iterable[Any],
+        chunksize: int | None = None,
+        callback: Callable[[Any], object] | None = None,
+    ) -> list[Any]:
+        """Return the results of ``func(member)``, in order.
+
+        Parameters
+        ----------
+        func : callable
+            Takes one argument.
+        iterable
+            Is read at once. The rows of a numpy array travel as an array.
+        chunksize : int, optional
+            Calls that travel together. Default: it adapts, 1 for long calls, more for short ones and fewer towards the end, so that
+            all slaves end together.
+        callback : callable, optional
+            Is called here with every result, as it comes in.
+
+        Raises
+        ------
+        Exception
+            The first one that a call raised; its `__cause__` tells the slave and the traceback there. Nothing more is begun then.
+        PayloadError
+            If the function or a member cannot be pickled, or is too large.
+        ValueError
+            If the pool was closed.
+        BrokenExecutor
+            If the run ended early: its cause says why.
+        """
+        return self._map(func, iterable, chunksize, False, callback is not None).wait(callback)
+
+    def starmap(self, func: Callable[..., Any], iterable: Iterable[Iterable[Any]], chunksize: int | None = None) -> list[Any]:
+        """Return the results of ``func(*member)``, in order: as `map`, for functions of several arguments."""
+        return self._map(func, iterable, chunksize, True).wait(None)
+
+    def map_async(
+        self,
+        func: Callable[[Any], Any],
+        iterable: Iterable[Any],
+        chunksize: int | None = None,
+        callback: Callable[[list[Any]], object] | None = None,
+        error_callback: Callable[[BaseException], object] | None = None,
+    ) -> AsyncResult:
+        """Have ``func(member)`` called for all members, and return what will have the list of the results.
+
+        `callback` gets that list, or `error_callback` the exception, in a thread of the pool's.
+        """
+        return AsyncResult(self._map(func, iterable, chunksize, False).future, callback, error_callback)
+
+    def starmap_async(
+        self,
+        func: Callable[..., Any],
+        iterable: Iterable[Iterable[Any]],
+        chunksize: int | None = None,
+        callback: Callable[[list[Any]], object] | None = None,
+        error_callback: Callable[[BaseException], object] | None = None,
+    ) -> AsyncResult:
+        """Have ``func(*member)`` called for all members: as `map_async`."""
+        return AsyncResult(self._map(func, iterable, chunksize, True).future, callback, error_callback)
+
+    def imap(self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int = 1) -> Iterator[Any]:
+        """Return an iterator over the results of ``func(member)``, in order.
+
+        The iterable is read as results are taken, and is ahead of them by at most 4 chunks for each slave: so it may be endless.
+        """
+        return Results(self._running(), func, _cut(iterable, chunksize), LOOK_AHEAD * self.size).items(None)
+
+    def imap_unordered(self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int = 1) -> Iterator[Any]:
+        """Return an iterator over the results as they come in: otherwise as `imap`."""
+        return _Unordered(self._running(), func, _cut(iterable, chunksize), LOOK_AHEAD * self.size).items(None)
+
+    def apply(self, func: Callable[..., Any], args: Iterable[Any] = (), kwds: dict[str, Any] | None = None) -> Any:
+        """Return ``func(*args, **kwds)``, called on a slave."""
+        return self.apply_async(func, args, kwds).get()
+
+    def apply_async(
+        self,
+        func: Callable[..., Any],
+        args: Iterable[Any] = (),
+        kwds: dict[str, Any] | None = None,
+        callback: Callable[[Any], object] | None = None,
+        error_callback: Callable[[BaseException], object] | None = None,
+    ) -> AsyncResult:
+        """Have ``func(*args, **kwds)`` called on a slave, and return what will have its result.
+
+        `callback` gets the result, or `error_callback` the exception, in a thread of the pool's.
+        """
+        return AsyncResult(self.submit(func, *args, **(kwds or {})), callback, error_callback)
+
+    def submit(self, func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Have ``func(*args, **kwargs)`` called on a slave, and return its future, as `Executor.submit` does."""
+        self._running()
+        return self._executor.submit(func, *args, **kwargs)
+
+    def _map(
+        self, func: Callable[..., Any], iterable: Iterable[Any], chunksize: int | None, starred: bool, is_heard: bool = False
+    ) -> _Map:
+        session = self._running()
+        if chunksize is not None and chunksize < 1:
+            raise ValueError(f"chunksize = {chunksize} must be at least 1")
+        members = iterable if type(iterable) in (list, tuple, range, np.ndarray) else list(iterable)
+        return _Map(session, func, members, Guide(self.size, chunksize), starred, is_heard)  # type: ignore[arg-type]
+
+    def _running(self) -> Session:
+        if self.is_worker():
+            raise RuntimeError("a slave runs calls and cannot hand out any: let it call wait(), and use the pool on the master")
+        if self._is_closed:
+            raise ValueError("the pool was closed: make another one, or close it later")
+        return self._session
+
+
+def register_parallel_backend() -> None:
+    """Make "jd_hpc" known to joblib as a parallel backend, so that scikit-learn and others run on the slaves.
+
+    ``with joblib.parallel_config("jd_hpc"):`` uses the open pool that was made last, or makes one that stays open
+    until the program ends. ``parallel_config("jd_hpc", pool=pool)`` names the pool.
+
+    Raises
+    ------
+    ImportError
+        If joblib is not installed.
+    """
+    from jd_hpc import joblib_backend
+
+    joblib_backend.register()
+
+
+def _world(comm: Any) -> Any:
+    """Return the communicator of a pool that was given none."""
+    if comm is not None or Hub.current is not None:
+        return comm
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError):  # no MPI on this machine
+        return None
+    return MPI.COMM_WORLD
+
+
+def _cut(iterable: Iterable[Any], chunksize: int) -> Iterator[tuple[tuple[Any, ...], ...]]:
+    """Cut an iterable into chunks for Results; one that raises loses nothing that it gave before."""
+    if chunksize < 1:
+        raise ValueError(f"chunksize = {chunksize} must be at least 1")
+    return _chunks(iter(iterable), chunksize)
+
+
+def _chunks(members: Iterator[Any], chunksize: int) -> Iterator[tuple[tuple[Any, ...], ...]]:
+    chunk: list[tuple[Any, ...]] = []
+    try:
+        for member in members:
+            chunk.append((member,))
+            if len(chunk) == chunksize:
+                yield tuple(chunk)
+                chunk = []
+    except Exception:
+        if chunk:
+            yield tuple(chunk)
+        raise
+    if chunk:
+        yield tuple(chunk)
+
+
+class AsyncResult:
+    """What a call gives, or will give.
+
+    Parameters
+    ----------
+    future : Future
+        Has it.
+    callback, error_callback : callable, optional
+        Get it, or the exception.
+    """
+
+    def __init__(
+        self,
+        future: Future[Any],
+        callback: Callable[[Any], object] | None = None,
+        error_callback: Callable[[BaseException], object] | None = None,
+    ) -> None:
+        self._future = future
+        self._callback, self._error_callback = callback, error_callback
+        if callback is not None or error_callback is not None:
+            future.add_done_callback(self._call_back)
+
+    def _call_back(self, future: Future[Any]) -> None:
+        error = None if future.cancelled() else future.exception()
+        if error is not None and self._error_callback is not None:
+            self._error_callback(error)
+        elif error is None and not future.cancelled() and self._callback is not None:
+            self._callback(future.result())
+
+    def get(self, timeout: float | None = None) -> Any:
+        """Return the result, or raise what the call raised.
+
+        Raises
+        ------
+        multiprocessing.TimeoutError
+            If there is none after `timeout` seconds.
+        """
+        self.wait(timeout)
+        if not self.ready():
+            from multiprocessing import TimeoutError as NotReadyError  # what users of such pools catch
+
+            raise NotReadyError(f"no result after {timeout} s")
+        return self._future.result()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Return when there is a result, or after `timeout` seconds."""
+        wait([self._future], timeout)
+
+    def ready(self) -> bool:
+        """Tell whether the call has ended."""
+        return self._future.done()
+
+    def successful(self) -> bool:
+        """Tell whether it has ended without an exception.
+
+        Raises
+        ------
+        ValueError
+            If it has not ended.
+        """
+        if not self.ready():
+            raise ValueError("the call has not ended: ask ready() first, or wait()")
+        return not self._future.cancelled() and self._future.exception() is None
+
+
+class _Map:
+    """A map. Its tickets run in the session, each with one chunk after the other."""
+
+    def __init__(
+        self, session: Session, function: Callable[..., Any], members: Sequence[Any], guide: Guide, starred: bool, is_heard: bool
+    ) -> None:
+        self.future: Future[list[Any]] = Future()
+        self.future.set_running_or_notify_cancel()
+        self.session, self.guide = session, guide
+        self._function, self._name = calls.packed_function(function), calls.name_of(function)
+        self._members, self._starred = members, starred
+        self._given = 0  # to slaves
+        self._open = len(members)
+        self._results: list[Any] = [None] * len(members)
+        self._is_heard = is_heard
+        self._came: SimpleQueue[list[Any] | None] = SimpleQueue()  # what a callback is to get; None: no more
+        if not self._open:
+            self._finish()
+        for _ in range(min(len(members), session.places)):
+            session.put(_Ticket(self))
+
+    def next_chunk(self) -> tuple[int, int]:
+        """Return where the next chunk starts and how many calls it has; none if there is no more to be done."""
+        if self.future.done():
+            return 0, 0
+        first, count = self._given, self.guide.next(len(self._members) - self._given)
+        self._given += count
+        return first, count
+
+    def packed(self, first: int, count: int) -> calls.Call:
+        """Return a chunk as it travels."""
+        return calls.chunk(self._function, self._name, self._members[first : first + count], self._starred)
+
+    def end(self, first: int, values: list[Any]) -> None:
+        """A chunk has ended."""
+        self._results[first : first + len(values)] = values
+        self._open -= len(values)
+        if self._is_heard:
+            self._came.put(values)
+        if not self._open:
+            self._finish()
+
+    def _finish(self) -> None:
+        with contextlib.suppress(InvalidStateError):
+            self.future.set_result(self._results)
+        self._came.put(None)
+
+    def fail(self, error: BaseException) -> None:
+        """Nothing more goes out: from any thread."""
+        with contextlib.suppress(InvalidStateError):
+            self.future.set_exception(error)
+        self._came.put(None)
+
+    def wait(self, callback: Callable[[Any], object] | None) -> list[Any]:
+        """Return the results when all are there."""
+        try:
+            while callback is not None and (values := self._came.get()) is not None:
+                for value in values:
+                    callback(value)
+            return self.future.result()
+        except BaseException as error:
+            self.fail(error)
+            raise
+        finally:
+            del self  # an exception's traceback holds this frame
+
+
+class _Ticket:
+    """A task of the session's: a chunk of a map, and after it the next one."""
+
+    is_chunk: ClassVar[bool] = True
+    __slots__ = ("_begun_s", "_count", "_first", "_map")
+
+    def __init__(self, whole: _Map) -> None:
+        self._map = whole
+        self._first = self._count = 0
+        self._begun_s = 0.0
+
+    def begin(self) -> calls.Call | None:
+        self._first, self._count = self._map.next_chunk()
+        if not self._count:
+            return None
+        self._begun_s = time.monotonic()
+        try:
+            return self._map.packed(self._first, self._count)
+        except Exception as error:
+            self._map.fail(error)
+            return None
+
+    def end(self, value: Any) -> None:
+        self._map.guide.note(self._count, time.monotonic() - self._begun_s)
+        self._map.end(self._first, value)
+        self._map.session.again(self)
+
+    def fail(self, error: BaseException) -> None:
+        self._map.fail(error)
+
+    def cancel(self) -> None:
+        self._map.fail(RuntimeError("the pool was terminated"))
+
+
+class _Unordered(Results):
+    """The results as they come in."""
+
+    def __init__(self, session: Session, function: Callable[..., Any], chunks: Iterator[Any], most: int) -> None:
+        self._ended: deque[Any] = deque()
+        super().__init__(session, function, chunks, most)
+
+    def note(self, chunk: Any) -> None:
+        chunk.is_done = True
+        self._ended.append(chunk)
+        with self._done:
+            self._done.notify()
+
+    def _next(self, end_s: float | None) -> Any:
+        """Take the chunk that ended first; one that never began has its turn when it is the first of all."""
+        first = self._ahead[0]
+        with self._done:
+            while not self._ended and not first.is_done:
+                self._done.wait()
+        chunk = self._ended.popleft() if self._ended else first
+        self._ahead.remove(chunk)
+        return chunk
