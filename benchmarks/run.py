@@ -205,6 +205,22 @@ class Suite:
                 ours, theirs = (column(got[form], "run_rate") for form in ("map", "hand"))
                 self.add_ratio("map_array", name, ranks, "jobs/s", ours, theirs, 0.95)
 
+    def faces(self) -> None:
+        """Executor against mpi4py.futures, Pool against schwimmbad: calls that do nothing."""
+        for ranks in (2, 4):
+            faces = ("map", "submit", "pool", "pool1")
+            commands = {face: self.launcher.python(ranks, "faces.py", face, "--seconds", self.seconds) for face in faces}
+            commands |= {"schwimmbad": self.peer(ranks, "schwimmbad"), "futures": self.peer(ranks, "futures", "--chunksize", 1)}
+            rates = {label: column(records, "rate") for label, records in self.rounds(commands).items()}
+            for face, peer, what, target in (
+                ("map", "futures", "Executor.map / futures, both chunksize 1", 20.0),
+                ("submit", "futures", "Executor.submit / futures, chunksize 1", 20.0),
+                ("pool", "schwimmbad", "Pool.map / schwimmbad", 5.0),
+                ("pool", "futures", "Pool.map / futures, chunksize 1", 20.0),
+                ("pool1", "schwimmbad", "Pool.map, chunksize 1 / schwimmbad", None),
+            ):
+                self.add_ratio("faces", what, ranks, "calls/s", rates[face], rates[peer], target)
+
     def payload(self) -> None:
         """Large jobs and results against MPI's own bandwidth."""
         for size in (1_000_000, 4_000_000, 16_000_000):
@@ -261,7 +277,7 @@ class Suite:
             self.add_ratio("oversubscribed", name, 8, "jobs/s", rates["8"], rates["3"], 0.5)
 
 
-PARTS = ("kernel", "block", "single", "map_array", "payload", "journal", "memory", "idle", "oversubscribed")
+PARTS = ("kernel", "block", "single", "map_array", "faces", "payload", "journal", "memory", "idle", "oversubscribed")
 
 
 def main() -> int:

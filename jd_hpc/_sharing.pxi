@@ -10,7 +10,7 @@ cdef class Share:
         self.out.head = self.out.body = MPI_REQUEST_NULL
 
 
-cdef class Sharer(Link):
+cdef class Sharer(Postal):
     """Carries out what sharing.Sharing names."""
     cdef object sharing                 # sharing.Sharing, or None
     cdef int64_t shared_bytes

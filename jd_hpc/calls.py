@@ -13,6 +13,7 @@ The rules it keeps:
 from __future__ import annotations
 
 import pickle
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
@@ -79,22 +80,37 @@ def name_of(function: Any) -> str:
     return getattr(function, "__qualname__", None) or type(function).__qualname__
 
 
+_last: tuple[Any, bytes] = (None, b"")  # the function that was pickled last, if it goes by name: then it stays the same
+
+
 def packed_function(function: Callable[..., Any]) -> bytes:
     """Pickle a function, for `Call`."""
-    return dumps(function, f"the function {name_of(function)}")
+    global _last
+    known, packed = _last
+    if function is known:
+        return packed
+    packed = dumps(function, f"the function {name_of(function)}")
+    if type(function) is FunctionType and _goes_by_name(function):
+        _last = function, packed
+    return packed
+
+
+def _goes_by_name(function: FunctionType) -> bool:
+    """Whether pickle finds it again where it was defined, so that what it refers to does not travel."""
+    return getattr(sys.modules.get(function.__module__), function.__name__, None) is function
 
 
 def call(function: Callable[..., Any], arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Call:
     """Make a call ready to travel."""
     buffers: list[Any] = []
     packed = dumps((tuple(arguments), dict(keywords)), f"an argument of {name_of(function)}", buffers)
-    return packed_function(function), packed, buffers, SINGLE
+    return packed_function(function), packed, buffers or (), SINGLE
 
 
 def chunk(function: bytes, name: str, members: Sequence[Any], starred: bool = True) -> Call:
     """Make a chunk of calls of a packed function ready to travel: one for each argument, or `starred`, sequence of arguments."""
     buffers: list[Any] = []
-    return function, dumps(members, f"an argument of {name}", buffers), buffers, STARRED if starred else PLAIN
+    return function, dumps(members, f"an argument of {name}", buffers), buffers or (), STARRED if starred else PLAIN
 
 
 def bytes_of(job: Call) -> int:

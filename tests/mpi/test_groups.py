@@ -123,7 +123,9 @@ def test_slaves_are_numbered_from_1(comm, machine):
     dispatcher = Sums(range(12), machine)
     dispatcher.on_slave_started = seen.append
     value_of(dispatcher, comm)
-    assert sorted(comm.bcast(seen)) == list(range(1, machine.slaves + 1))
+    seen = comm.bcast(seen)
+    assert seen  # one that starts late may find all done
+    assert set(seen) <= set(range(1, machine.slaves + 1))
 
 
 def test_fewer_groups_than_there_are(comm):

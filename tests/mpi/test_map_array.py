@@ -261,3 +261,18 @@ def test_slaves_that_come_late(comm):
 def test_no_communicator():
     with pytest.raises(LaunchError, match="is no communicator"):
         map_array(squared, [1.0], "f8", vm="everywhere")
+
+
+def test_old_news_is_passed_over(comm):
+    """A rank that missed a run does not take what was told before it for what is told now."""
+    channel = MPIMachine(comm).channel()
+    heard = "new"
+    if comm.rank == 0:
+        channel.run -= 1
+        channel.tell("old")
+        channel.run += 1
+        channel.tell("new")
+    else:
+        heard = channel.hear(0.5)
+    assert comm.allgather(heard) == ["new"] * comm.size
+    check_healthy(comm)

@@ -190,7 +190,7 @@ def test_imap_unordered_does_not_wait_for_the_slow(comm):
     results = together(comm, lambda pool: list(pool.imap_unordered(nap, [0.8, 0.0, 0.01, 0.02])))
     assert sorted(results) == [0.0, 0.01, 0.02, 0.8]
     if comm.size > 2:
-        assert results == [0.0, 0.01, 0.02, 0.8]
+        assert results[-1] == 0.8
 
 
 def test_apply(comm):
@@ -233,7 +233,7 @@ def test_map_async(comm):
 
 
 def test_long_calls_are_spread_one_by_one(comm):
-    pids = together(comm, lambda pool: pool.map(where, range(4 * pool.size)))
+    pids = together(comm, lambda pool: pool.map(where, range(10 * pool.size)))
     counts = sorted(pids.count(pid) for pid in set(pids))
     assert len(counts) == max(1, comm.size - 1)
     assert counts[0] >= 1
@@ -291,7 +291,7 @@ def test_joblib_runs_on_the_slaves(comm):
 
         register_parallel_backend()
         with parallel_config("jd_hpc", pool=pool):
-            pids = set(Parallel()(delayed(where)(x) for x in range(4 * pool.size)))
+            pids = set(Parallel()(delayed(where)(x) for x in range(10 * pool.size)))
             squares = Parallel(n_jobs=2)(delayed(square)(x) for x in range(500))
             nested = Parallel()(delayed(nest)(x) for x in range(3))
             unordered = sorted(Parallel(return_as="generator_unordered")(delayed(square)(x) for x in range(20)))
