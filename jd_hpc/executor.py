@@ -48,7 +48,8 @@ class Executor(BaseExecutor):
         A file that gets every result; what it has from an earlier run with the same calls, in the same order, is not computed again
         (see docs/journal.md).
     **options
-        Of `JobDispatcher`: `credit`, `max_attempts`, `job_timeout_s`, `isolate`, ...
+        Of `JobDispatcher`: `max_attempts`, `job_timeout_s`, `isolate`, ...; `credit` is 1 here. And `payload_limit`: bytes of the
+        largest call, and of the largest result.
 
     Raises
     ------

@@ -60,7 +60,8 @@ class Pool:
     use_dill : bool
         Changes nothing: what pickle cannot do goes by cloudpickle, if that is installed.
     **options
-        Of `JobDispatcher`: `credit`, `max_attempts`, `job_timeout_s`, `isolate`, ...; and `payload_limit`.
+        Of `JobDispatcher`: `max_attempts`, `job_timeout_s`, `isolate`, ..., `credit` (default 1); `payload_limit` and `journal`
+        of `Executor`. With a journal a chunk is one call where nothing else is said: calls must be the same in every run.
 
     Raises
     ------
@@ -284,6 +285,8 @@ class Pool:
         if chunksize is not None and chunksize < 1:
             raise ValueError(f"chunksize = {chunksize} must be at least 1")
         members = iterable if type(iterable) in (list, tuple, range, np.ndarray) else list(iterable)
+        if chunksize is None and session.has_journal:
+            chunksize = 1
         return _Map(session, func, members, Guide(self.size, chunksize), starred, is_heard)  # type: ignore[arg-type]
 
     def _running(self) -> Session:

@@ -254,6 +254,11 @@ class Session:
         atexit.register(self.end)
 
     @property
+    def has_journal(self) -> bool:
+        """Whether calls must be the same in every run."""
+        return path_of(self._journal) is not None
+
+    @property
     def places(self) -> int:
         """How many tasks can have begun and not ended at the same time, if each travels alone."""
         return self._server.places

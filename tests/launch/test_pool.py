@@ -12,7 +12,6 @@ from launch_helpers import SCRIPTS, Launch, Launched
 
 EXAMPLES = SCRIPTS.parents[2] / "examples"
 SQUARES = "then [0, 1, 4, 9, 16]\n"
-CURE = "of the arguments"
 
 BAD_INPUT = [
     r"PayloadError the function Unfriendly cannot be pickled, nor by cloudpickle: TypeError: no copies of me",
@@ -85,6 +84,12 @@ def test_a_call_that_kills_every_slave_is_given_up(launch):
     assert ended.code == 0
     assert re.search(r"JobError job \d+ was given up after 3 attempts \(slave ", ended.out)
     assert "returned [0, 1, 4, 9, 16]\nend\n" in ended.out  # the master goes on alone
+
+
+def test_of_calls_that_travel_together_only_the_killer_is_given_up(launch):
+    ended = launch(4, "executor_killer.py", kind=Launched).wait()
+    assert ended.code == 0
+    assert f"failed [1500] good {sum(range(3000)) - 1500} job 1500 was given up after 2 attempts" in ended.out
 
 
 @pytest.mark.parametrize("size", [0, 3])

@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import shutil
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,6 +69,11 @@ def nest(x):
     from joblib import Parallel, delayed
 
     return Parallel()(delayed(square)(y) for y in range(4))
+
+
+def leave_a_trace(folder):
+    with (folder / "traces").open("ab") as traces:
+        return traces.write(b"x")
 
 
 def change(array):
@@ -302,6 +310,25 @@ def test_joblib_runs_on_the_slaves(comm):
 
     squares = [x * x for x in range(500)]
     assert together(comm, use) == (max(1, comm.size - 1), squares, [squares[:4]] * 3, squares[:20], squares[:3])
+
+
+@pytest.fixture
+def folder(comm):
+    """One for all ranks."""
+    path = Path(comm.bcast(tempfile.mkdtemp(prefix="jd_hpc_pool") if comm.rank == 0 else None))
+    yield path
+    comm.Barrier()
+    if comm.rank == 0:
+        shutil.rmtree(path)
+
+
+def test_a_journal_spares_the_calls(comm, folder):
+    def use(pool):
+        return pool.map(leave_a_trace, [folder] * 30), list(pool.imap(square, range(5)))
+
+    for _ in range(2):
+        assert together(comm, use, journal=folder / "journal") == ([1] * 30, [0, 1, 4, 9, 16])
+        assert (folder / "traces").stat().st_size == 30
 
 
 def test_pools_one_after_the_other(comm):
