@@ -31,7 +31,7 @@ cdef class Postmaster(JobSender):
     cdef int *distrusted                # likewise: it sent what no slave sends
     cdef dict waiting                   # slave → deque of what is still to go out to it, packed letters and slots
     cdef int64_t[::1] waiting_bytes
-    cdef int[::1] held                  # for each rank: letters from it that were not handed over
+    cdef int[::1] unread                # for each rank: letters from it that were not handed over
     cdef dict in_line                   # source → deque of Pieces
     cdef int letters_in                 # letters that came in and were not handed over
     cdef int own_count                  # how many of these are the master's own
@@ -44,7 +44,7 @@ cdef class Postmaster(JobSender):
         self.at_once = deque()
         self.waiting = {}
         self.waiting_bytes = np.zeros(self.size, "i8")
-        self.held = np.zeros(self.size, "i4")
+        self.unread = np.zeros(self.size, "i4")
 
     def __dealloc__(self):
         free(self.gone)
@@ -184,13 +184,13 @@ cdef class Postmaster(JobSender):
         self.in_line.setdefault(source, deque()).append(piece)
         if header.kind == KIND_TELL:
             self.letters_in += 1
-            self.held[source] += 1
+            self.unread[source] += 1
         return self.advance(source)
 
     @cython.final
     cdef int check_letter(self, Header *header, int source) except -1:
         """Refuse what no slave sends."""
-        cdef int held = self.unsaid[source] + self.held[source]
+        cdef int held = self.unsaid[source] + self.unread[source]
         if held >= LETTERS_MOST:
             raise ProtocolError(f"rank {source} sent a message while {held} were on their way")
         if not 0 <= header.slot < self.size or header.slot == source:
@@ -248,7 +248,7 @@ cdef class Postmaster(JobSender):
         cdef object message
         self.letters_in -= 1
         if source > self.scheduler.slave_count or self.scheduler.state_of_slave(source) == SLAVE_LOST:
-            self.held[source] -= 1
+            self.unread[source] -= 1
             self.letters_dropped += 1
             return self.say_heard(source)
         if header.slot == 0:
@@ -290,7 +290,7 @@ cdef class Postmaster(JobSender):
         if source == 0:
             self.own_count -= 1
         else:
-            self.held[source] -= 1
+            self.unread[source] -= 1
             if not self.gone[source]:
                 self.say_heard(source)
         if destination == 0:

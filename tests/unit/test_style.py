@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import re
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,34 @@ def test_the_docstring_check_bites():
     public.__module__ = "nowhere"
     kind = type("Kind", (), {"public": public, "_private": public, "__doc__": "Said.", "__module__": "nowhere"})
     assert described(kind, "Kind") == ["Kind.public"]
+
+
+def shadowed(source):
+    """Attributes of compiled classes that a derived class has again: Cython makes two of them, and says nothing."""
+    owned, parents, kind = {}, {}, None
+    for line in source.splitlines():
+        if found := re.match(r"cdef class (\w+)(?:\((\w+)\))?:", line):
+            kind = found[1]
+            parents[kind] = found[2]
+            owned[kind] = set()
+        elif kind and (found := re.match(r"    cdef [\w \*\[\]:]*[\s\*](\w+) *(?:#.*)?$", line)):
+            owned[kind].add(found[1])
+    wrong = []
+    for kind, names in owned.items():
+        parent = parents[kind]
+        while parent in owned:
+            wrong += [f"{kind}.{name} hides {parent}.{name}" for name in sorted(names & owned[parent])]
+            parent = parents[parent]
+    return wrong
+
+
+def test_no_compiled_class_hides_an_attribute():
+    core = "".join((PACKAGE / name).read_text() for name in ("_core.pyx", *sorted(path.name for path in PACKAGE.glob("*.pxi"))))
+    assert "cdef class Master(" in core
+    assert shadowed(core) == []
+
+
+def test_the_check_for_hidden_attributes_bites():
+    classes = "cdef class A:\n    cdef public int *one  # for each\ncdef class B(A):\n    cdef int two\n"
+    classes += "cdef class C(B):\n    cdef int[::1] one\n"
+    assert shadowed(classes) == ["C.one hides A.one"]
