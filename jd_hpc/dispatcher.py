@@ -148,7 +148,7 @@ class JobDispatcher:
         is_time = walltime is not None and not callable(walltime) and walltime != math.inf
         self.walltime = _seconds("walltime", walltime) if is_time else walltime  # type: ignore[arg-type]
         self.walltime_margin_s = _seconds("walltime_margin_s", walltime_margin_s, zero=True)
-        self.progress = wanted(progress)
+        self._progress = wanted(progress)  # `progress` may well be the user's own
         if 0 < self.heartbeat_s < LEAST_HEARTBEAT_S:
             raise ValueError(f"heartbeat_s = {heartbeat_s} is out of range: it is 0, or at least {LEAST_HEARTBEAT_S}")
         if self.liveness_timeout_s < 2 * self.heartbeat_s:
