@@ -154,8 +154,8 @@ class Knapsack(JobDispatcher):
 def main(arguments: list[str] | None = None) -> None:
     """Run on all ranks; the master prints."""
     parser = argparse.ArgumentParser(description="A knapsack by branch and bound, whose ranks share the newest bound.")
-    parser.add_argument("--items", type=int, default=60)
-    parser.add_argument("--depth", type=int, default=6, help="items that a job fixes")
+    parser.add_argument("--items", type=int, default=200)
+    parser.add_argument("--depth", type=int, default=8, help="items that a job fixes")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args(arguments)
     try:

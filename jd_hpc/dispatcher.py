@@ -174,7 +174,7 @@ class JobDispatcher:
         self.seed = _number("seed", seed, 0, SEED_MOST)
         self.ordered = bool(ordered)
         self.window = None if window is None else _number("window", window, 1, 1 << 40)
-        self.progress = wanted(progress)
+        self._progress = wanted(progress)  # `progress` may well be the user's own
         if 0 < self.heartbeat_s < LEAST_HEARTBEAT_S:
             raise ValueError(f"heartbeat_s = {heartbeat_s} is out of range: it is 0, or at least {LEAST_HEARTBEAT_S}")
         if self.liveness_timeout_s < 2 * self.heartbeat_s:

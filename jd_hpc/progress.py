@@ -76,7 +76,7 @@ class Progress:
     """
 
     def __init__(self, total_of: Callable[[], int | None]) -> None:
-        self._total_of = total_of
+        self._count_of = total_of
         self._next_s = 0.0
         self._bar: Any = None
         self._quiet: list[tuple[logging.Filterer, Callable[[logging.LogRecord], bool]]] = []
@@ -121,6 +121,11 @@ class Progress:
                 self._draw(Counts(*counts_of()))
         elif not self._is_terminal:
             self._next_s = self._tell(now, counts_of)
+
+    def _total_of(self) -> int | None:
+        """How many jobs there are. What is no number was not meant for us."""
+        total = self._count_of()
+        return total if isinstance(total, int) else None
 
     # ---- a bar -----------------------------------------------------------------------------------------------------
 

@@ -312,10 +312,10 @@ class Run:
 
     def _progress(self) -> contextlib.AbstractContextManager[Progress | None]:
         """What shows how far the run is, if that is wanted."""
-        dispatcher, option = self._dispatcher, self._dispatcher.progress
+        dispatcher, option = self._dispatcher, self._dispatcher._progress
         if option is False:
             return contextlib.nullcontext()
-        return Progress((lambda: dispatcher.job_count) if option is True else lambda: option)
+        return Progress(lambda: dispatcher.job_count if option is True else option)
 
     def _make_drain(self, plan: Plan) -> Drain:
         """Return what decides when nothing more goes out."""

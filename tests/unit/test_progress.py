@@ -52,7 +52,7 @@ def test_a_bar_shows_all_there_is_to_see():
     assert " 20/20 " in text
     assert "1 failed" in text
     assert "1/1 busy" in text
-    assert re.search(r"\[00:0\d<00:0\d, +[\d.]+ jobs/s", text), text  # time left, and rate
+    assert re.search(r"\[00:\d\d<00:\d\d, +[\d.]+ jobs/s", text), text  # time left, and rate
     assert text.endswith("\r\n")  # closed
 
 
@@ -154,8 +154,8 @@ def test_lines_where_there_is_no_terminal(often):
     with File() as file:
         Sleepy(progress=20).run()
     told = file.text.splitlines()
-    assert 2 <= len(told) <= 13
-    pattern = r"jd_hpc: \d+ of 20 jobs done, [\d.e+]+ jobs/s, 1 of 1 slaves busy, [01] failed, 0:00:0\d left"
+    assert 2 <= len(told) <= 20
+    pattern = r"jd_hpc: \d+ of 20 jobs done, [\d.e+]+ jobs/s, 1 of 1 slaves busy, [01] failed, 0:00:\d\d left"
     assert all(re.fullmatch(pattern, line) for line in told), told
 
 
