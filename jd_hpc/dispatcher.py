@@ -171,10 +171,10 @@ class JobDispatcher:
         self.walltime = _seconds("walltime", walltime) if is_time else walltime  # type: ignore[arg-type]
         self.walltime_margin_s = _seconds("walltime_margin_s", walltime_margin_s, zero=True)
         self.gives_rng = bool(rng)
-        self.seed = _number("seed", seed, 0, SEED_MOST)
+        self._seed = _number("seed", seed, 0, SEED_MOST)  # `seed` may well be the user's own
         self.ordered = bool(ordered)
-        self.window = None if window is None else _number("window", window, 1, 1 << 40)
-        self._progress = wanted(progress)  # `progress` may well be the user's own
+        self._window = None if window is None else _number("window", window, 1, 1 << 40)
+        self._progress = wanted(progress)  # likewise
         if 0 < self.heartbeat_s < LEAST_HEARTBEAT_S:
             raise ValueError(f"heartbeat_s = {heartbeat_s} is out of range: it is 0, or at least {LEAST_HEARTBEAT_S}")
         if self.liveness_timeout_s < 2 * self.heartbeat_s:
@@ -184,7 +184,7 @@ class JobDispatcher:
             )
         if self.memory_limit is not None and not self.isolate:
             raise ValueError("memory_limit needs isolate=True: a limit on the rank itself would end MPI with the job")
-        if self.window is not None and not self.ordered:
+        if self._window is not None and not self.ordered:
             raise ValueError("window needs ordered=True: without it results wait for nothing")
         if self.max_slaves is not None and self.min_slaves > self.max_slaves:
             raise ValueError(f"min_slaves = {min_slaves} is more than max_slaves = {max_slaves}; no run could ever use slaves")
@@ -304,7 +304,7 @@ class JobDispatcher:
         ValueError, TypeError
             If `index` is no number of a job.
         """
-        return stream(self.seed, _number("index", index, 0, INDEX_MOST))
+        return stream(self._seed, _number("index", index, 0, INDEX_MOST))
 
     @cached_property
     def comm(self) -> Any:

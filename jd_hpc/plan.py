@@ -61,7 +61,7 @@ class Plan:
         self.allow_nan: bool = bool(dispatcher.allow_nan)
         self.owner = dispatcher
         self.gives_rng: bool = dispatcher.gives_rng
-        self.seed: int = dispatcher.seed
+        self.seed: int = dispatcher._seed
         self.job_dtype = check_dtype(dispatcher.job_dtype, "job_dtype")
         self.result_dtype = check_dtype(dispatcher.result_dtype, "result_dtype")
         self.job_rows: Rows | None = None if self.job_dtype is None else Rows(self.job_dtype)
@@ -128,7 +128,7 @@ class Plan:
 
     def _order(self, dispatcher: JobDispatcher) -> Order:
         """Have an order between whoever delivers and the hooks."""
-        window = dispatcher.window or self.grain * (CREDITS * self.credit * dispatcher.machine.slots + self.read_ahead)
+        window = dispatcher._window or self.grain * (CREDITS * self.credit * dispatcher.machine.slots + self.read_ahead)
         order = Order(self.process_result, self.process_results, self.process_failure, dispatcher, window)
         self.process_result, self.process_failure = order.take_result, order.take_failure
         if self.process_results is not None:

@@ -35,7 +35,7 @@ ISOLATED_MARGIN_S = 10.0
 """With isolate the slave ends an overdue job itself; the master steps in when not even that has worked."""
 OPTIONS = (
     "grain", "credit", "max_attempts", "min_slaves", "local_fallback", "job_timeout_s", "isolate", "memory_limit", "heartbeat_s",
-    "liveness_timeout_s", "ordered", "gives_rng", "seed",
+    "liveness_timeout_s", "ordered", "gives_rng",
 )  # fmt: skip
 """What a history tells."""
 
@@ -337,4 +337,4 @@ class Run:
         from jd_hpc import __version__
 
         options = {name: getattr(self._dispatcher, name) for name in OPTIONS}
-        return {"version": __version__, "class": type(self._dispatcher).__qualname__, "slaves": slaves, **facts, "options": options}
+        return {"version": __version__, "class": type(self._dispatcher).__qualname__, "slaves": slaves, **facts, "options": options | {"seed": self._dispatcher._seed}}
