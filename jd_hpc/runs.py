@@ -336,5 +336,5 @@ class Run:
         """Return what the first line of a history tells of this run."""
         from jd_hpc import __version__
 
-        options = {name: getattr(self._dispatcher, name) for name in OPTIONS}
-        return {"version": __version__, "class": type(self._dispatcher).__qualname__, "slaves": slaves, **facts, "options": options | {"seed": self._dispatcher._seed}}
+        options = {name: getattr(self._dispatcher, name) for name in OPTIONS} | {"seed": self._dispatcher._seed}
+        return {"version": __version__, "class": type(self._dispatcher).__qualname__, "slaves": slaves, **facts, "options": options}
