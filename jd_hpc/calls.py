@@ -80,7 +80,7 @@ def name_of(function: Any) -> str:
     return getattr(function, "__qualname__", None) or type(function).__qualname__
 
 
-_last: tuple[Any, bytes] = (None, b"")  # the function that was pickled last, if it goes by name: then it stays the same
+_last: tuple[Any, bytes] = (None, b"")  # the function that was pickled last, if it goes by name: its pickle stays the same then
 
 
 def packed_function(function: Callable[..., Any]) -> bytes:
@@ -114,9 +114,9 @@ def chunk(function: bytes, name: str, members: Sequence[Any], starred: bool = Tr
 
 
 def bytes_of(job: Call) -> int:
-    """Return what a call weighs, but for the wrapping."""
+    """Return what a call weighs, but for the wrapping of the whole; each buffer is wrapped too."""
     function, arguments, buffers, _ = job
-    apart_bytes = sum(memoryview(buffer).nbytes for buffer in buffers) if buffers else 0
+    apart_bytes = sum(memoryview(buffer).nbytes + 128 for buffer in buffers) if buffers else 0
     return len(function) + len(arguments) + apart_bytes
 
 

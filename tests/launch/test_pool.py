@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from launch_helpers import SCRIPTS, Launch, Launched
@@ -176,7 +175,7 @@ def examples(launching):
 
 
 def test_every_example_is_tried():
-    assert {path.stem for path in Path(EXAMPLES).glob("pool_*.py")} == {f"pool_{name}" for name in ANSWERS}
+    assert {path.stem for path in EXAMPLES.glob("pool_*.py")} == {f"pool_{name}" for name in ANSWERS}
 
 
 @pytest.mark.parametrize("size", [0, 4])
