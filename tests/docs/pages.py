@@ -53,6 +53,8 @@ class Block(NamedTuple):
 
     def script(self, files: dict[str, str]) -> str:
         """Return the script that it is, after those that it goes on from."""
+        missing = set(self.said.get("after", [])) - set(files)
+        assert not missing, f"{self} comes after {missing}, and no page has a block of that name"
         return "\n".join([files[name] for name in self.said.get("after", [])] + [self.text])
 
     def commands(self) -> list[str]:
