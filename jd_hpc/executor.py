@@ -144,8 +144,10 @@ class Executor(BaseExecutor):
         ------
         RuntimeError
             After `shutdown`.
+        Unfinished
+            If the run was drained, at the end of the allocation or by a signal. Calls that had not ended have it too.
         BrokenExecutor
-            If the run ended early: its cause says why.
+            If the run ended early for another reason: its cause says why.
         """
         session = self._session or self.begin()
         future: _Future[T] = _Future()

@@ -20,10 +20,11 @@ from typing import Any, ClassVar, Protocol
 
 from jd_hpc import calls, ending
 from jd_hpc.dispatcher import JobDispatcher
-from jd_hpc.errors import JobError, PayloadError
+from jd_hpc.errors import JobError, PayloadError, Unfinished
 from jd_hpc.guide import Guide
 from jd_hpc.journal import path_of
 from jd_hpc.runs import Engine, Run
+from jd_hpc.signals import Notes
 
 LOOK_S = 0.05
 """How often an idle master hears who is still there."""
@@ -249,6 +250,8 @@ class Session:
         self._has_begun = threading.Event()
         self._error: BaseException | None = None
         self._broken_off: BaseException | None = None
+        self._notes = Notes()  # the run's own thread cannot have signals noted
+        self._notes.begin()
         self._thread = threading.Thread(target=self._main, name="jd_hpc session", daemon=True)
         self._thread.start()
         atexit.register(self.end)
@@ -273,8 +276,10 @@ class Session:
 
         Raises
         ------
+        Unfinished
+            If the run was drained.
         BrokenExecutor
-            If the run has ended early, with the reason as its cause.
+            If it has ended early for another reason, which is the cause.
         RuntimeError
             If the session has ended.
         """
@@ -300,6 +305,8 @@ class Session:
             engine.wake()
 
     def _refuse(self) -> None:
+        if isinstance(self._error, Unfinished):
+            raise self._error
         if self._error is not None:
             raise BrokenExecutor(f"the run has ended: {type(self._error).__name__}: {self._error}") from self._error
         raise RuntimeError("cannot schedule new futures after shutdown")
@@ -343,6 +350,7 @@ class Session:
         if wait and threading.current_thread() is not self._thread:
             self._thread.join()
             atexit.unregister(self.end)
+        self._notes.end()
 
     # ---- the thread --------------------------------------------------------------------------------------------------
 
@@ -360,6 +368,8 @@ class Session:
                 task.fail(self._broken(why))
 
     def _broken(self, why: BaseException) -> BaseException:
+        if isinstance(why, Unfinished):
+            return why
         error = BrokenExecutor(f"the run ended before this: {type(why).__name__}: {why}")
         error.__cause__ = why
         return error

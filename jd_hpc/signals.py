@@ -81,18 +81,40 @@ def remember() -> None:
         signal.signal(signal.SIGUSR2, asked.note)
 
 
-class Drains:
-    """Context of a run: USR2 and TERM are noted. Gives what they ask for; None to a run inside a hook or a job of another run.
+class Notes:
+    """While it is on, USR2 and TERM are noted.
 
     Where Python's own handlers are not in place, or outside the main thread, nothing is changed.
     """
+
+    def __init__(self) -> None:
+        self._ours: list[signal.Signals] = []
+
+    def begin(self) -> None:
+        """Note signals from now on."""
+        if threading.current_thread() is threading.main_thread():
+            self._ours = [number for number in DRAINS if signal.getsignal(number) is signal.SIG_DFL]
+            for number in self._ours:
+                signal.signal(number, asked.note)
+
+    def end(self) -> None:
+        """Let them have their usual effect again."""
+        if threading.current_thread() is threading.main_thread():
+            for number in self._ours:
+                if signal.getsignal(number) == asked.note:  # a hook may have put its own there
+                    signal.signal(number, signal.SIG_DFL)
+            self._ours = []
+
+
+class Drains:
+    """Context of a run: USR2 and TERM are noted. Gives what they ask for; None to a run inside a hook or a job of another run."""
 
     _here = threading.local()  # depth: how many runs of this thread are inside each other
     _on: ClassVar[set[Drains]] = set()  # the outer ones, of all threads
     _answered = False  # one of them has ended because of what was asked
 
     def __init__(self) -> None:
-        self._ours: list[signal.Signals] = []
+        self._notes = Notes()
 
     @classmethod
     def is_inside(cls) -> bool:
@@ -105,17 +127,12 @@ class Drains:
         if is_inside:
             return None
         self._on.add(self)
-        if threading.current_thread() is threading.main_thread():
-            self._ours = [number for number in DRAINS if signal.getsignal(number) is signal.SIG_DFL]
-            for number in self._ours:
-                signal.signal(number, asked.note)
+        self._notes.begin()
         return asked
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._here.depth -= 1
-        for number in self._ours:
-            if signal.getsignal(number) == asked.note:  # a hook may have put its own there
-                signal.signal(number, signal.SIG_DFL)
+        self._notes.end()
         self._on.discard(self)
         Drains._answered = Drains._answered or isinstance(error, Unfinished)
         if Drains._answered and not self._on:  # a run of another thread may have to hear it yet

@@ -53,6 +53,14 @@ def test_the_script_fails(launch, what, error):
     assert error in ended.err
 
 
+@pytest.mark.parametrize("kind", [Futures, LaunchedFutures])
+def test_a_script_that_is_drained(launch, kind):
+    """USR2 comes to the main thread of the master, while the run is another thread's."""
+    ended = launch(3, "futures_target.py", "drained", kind=kind).wait()
+    assert ended.code == 85, ended
+    assert "SIGUSR2 at rank 0" in ended.err
+
+
 def test_a_script_without_a_guard(launch):
     ended = launch(3, "futures_unguarded.py", kind=Futures).wait()
     assert (ended.code, ended.out, ended.err) == (0, "0 1 4 9 16\n", "")

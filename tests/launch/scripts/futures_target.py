@@ -83,6 +83,10 @@ def use():
         with Executor() as pool:
             threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
             list(pool.map(nap, [0.1] * 1000))
+    elif what == "drained":
+        with Executor() as pool:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR2)).start()
+            list(pool.map(nap, [0.05] * 1000))
     elif what == "slave dies":
         with Executor(max_attempts=1) as pool:
             print(type(pool.submit(die, 0).exception()).__name__)
