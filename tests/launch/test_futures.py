@@ -53,10 +53,10 @@ def test_the_script_fails(launch, what, error):
     assert error in ended.err
 
 
-@pytest.mark.parametrize("kind", [Futures, LaunchedFutures])
-def test_a_script_that_is_drained(launch, kind):
+@pytest.mark.parametrize(("kind", "what"), [(Futures, "drained"), (LaunchedFutures, "drained"), (Futures, "drained pool")])
+def test_a_script_that_is_drained(launch, kind, what):
     """USR2 comes to the main thread of the master, while the run is another thread's."""
-    ended = launch(3, "futures_target.py", "drained", kind=kind).wait()
+    ended = launch(3, "futures_target.py", what, kind=kind).wait()
     assert ended.code == 85, ended
     assert "SIGUSR2 at rank 0" in ended.err
 

@@ -8,7 +8,7 @@ import time
 
 import script_helpers  # noqa: F401  its watchdog
 
-from jd_hpc import Executor
+from jd_hpc import Executor, Pool
 
 what = sys.argv[1]
 
@@ -83,8 +83,8 @@ def use():
         with Executor() as pool:
             threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
             list(pool.map(nap, [0.1] * 1000))
-    elif what == "drained":
-        with Executor() as pool:
+    elif what.startswith("drained"):
+        with Pool() if what.endswith("pool") else Executor() as pool:
             threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR2)).start()
             list(pool.map(nap, [0.05] * 1000))
     elif what == "slave dies":
