@@ -124,7 +124,7 @@ def test_slaves_are_numbered_from_1(comm, machine):
     dispatcher.on_slave_started = seen.append
     value_of(dispatcher, comm)
     seen = comm.bcast(seen)
-    assert seen  # one that starts late may find all done
+    assert seen or not machine.slaves  # one that starts late may find all done
     assert set(seen) <= set(range(1, machine.slaves + 1))
 
 
