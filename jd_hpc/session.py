@@ -252,7 +252,7 @@ class Session:
         self._broken_off: BaseException | None = None
         self._notes = Notes()  # the run's own thread cannot have signals noted
         self._notes.begin()
-        self._thread = threading.Thread(target=self._main, name="jd_hpc session", daemon=True)
+        self._thread: threading.Thread | None = threading.Thread(target=self._main, name="jd_hpc session", daemon=True)
         self._thread.start()
         atexit.register(self.end)
 
@@ -347,8 +347,10 @@ class Session:
             self._changed.notify()
         if self._engine is not None:
             self._engine.wake()
-        if wait and threading.current_thread() is not self._thread:
-            self._thread.join()
+        thread = self._thread
+        if wait and thread is not None and thread is not threading.current_thread():
+            thread.join()
+            self._thread = None
             atexit.unregister(self.end)
         self._notes.end()
 

@@ -107,6 +107,7 @@ def test_the_tests_of_cpython(launch):
     ended = launch(4, "cpython_executor.py", folder, kind=Futures).wait(120)
     assert ended.code == 0, ended
     lines = ended.err.splitlines()
+    assert not [line for line in lines if "Dangling thread" in line]
     assert sum(line.endswith("... ok") for line in lines) >= 27
     assert lines[-1] == "OK (skipped=3)"
     assert (SCRIPTS / "cpython_executor.py").is_file()
