@@ -1060,13 +1060,15 @@ def test_other_signals_reach_python(comm, pids):
         raise AlarmError("time is up")
 
     class Slow(Endless):
+        def on_startup(self):  # before it ranks wait for each other, and none of them may leave
+            if comm.rank == 0:
+                signal.setitimer(signal.ITIMER_REAL, 0.2)
+
         def process_job(self, job):
             time.sleep(0.01)
 
     before = signal.signal(signal.SIGALRM, handler)
     try:
-        if comm.rank == 0:
-            signal.setitimer(signal.ITIMER_REAL, 0.2)
         outcomes = run(Slow(comm), comm)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
