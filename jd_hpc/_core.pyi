@@ -127,6 +127,7 @@ class Master(Deliverer):
 FAILED_CLASSES: set[int]
 ASKS: str
 UNREADABLE: tuple[type[Exception], ...]
+ALIGN_BYTES: int
 GIVE_UP_AFTER: int
 
 def layout() -> dict[str, Any]: ...
