@@ -201,6 +201,7 @@ cdef class Link:
         check(MPI_Comm_size(self.comm, &self.size))
         check(MPI_Type_contiguous(UNIT_BYTES, MPI_BYTE, &self.unit))
         check(MPI_Type_commit(&self.unit))
+        self.pause_ns = SLEEP_FIRST_NS  # a rank that nobody ever tells anything pauses, too
         self.run = run
         self.run_mark = <uint16_t> run
         self.payload_limit = UNIT_FROM_BYTES
