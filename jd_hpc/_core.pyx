@@ -488,8 +488,8 @@ cdef class Link:
         if self.idle_polls <= SPIN_POLLS:
             return 0
         if self.idle_polls <= SPIN_POLLS + YIELD_POLLS:
-            sched_yield()  # cannot fail on Linux
-            return 0
+            sched_yield()  # cannot fail on Linux; on a crowded node others now have their turn, which may take long
+            return self.look_up(coarse_ns())
         pause.tv_sec = 0
         pause.tv_nsec = self.pause_ns
         nanosleep(&pause, NULL)  # a signal that cuts it short is looked at soon

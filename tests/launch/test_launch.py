@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
 import time
 
 import pytest
@@ -54,6 +56,17 @@ def test_error_is_caught(launch):
     assert (ended.code, ended.err) == (0, "")
     assert ended.out.splitlines()[0] == "caught 10"
     assert ended.out.splitlines()[1].startswith(ANSWER)
+
+
+def test_a_crowded_node(launch, tmp_path):
+    """Whoever yields waits until all others had their turn: clocks and signals are looked at all the same."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or pytest.skip("no C compiler")
+    source, library = tmp_path / "crowd.c", tmp_path / "crowd.so"
+    source.write_text("#include <unistd.h>\nint sched_yield(void) { return usleep(5000); }\n")
+    subprocess.run([compiler, "-shared", "-fPIC", source, "-o", library], check=True, timeout=60)
+    ended = launch(2, "crowded.py", LD_PRELOAD=str(library)).wait(60)
+    assert ended.code == 0
+    assert ended.err.count(" jobs done, ") >= 3, ended.err
 
 
 def test_halves_of_the_world(launch):
