@@ -469,16 +469,24 @@ def test_only_in_a_run(comm):
 
 
 def test_a_poll_that_finds_nothing_is_cheap(comm):
+    """It costs a few times what any method costs."""
+
+    def least_s(call):
+        times = []
+        for _ in range(500):
+            begin = time.perf_counter()
+            for _ in range(100):
+                call()
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
     class Polls(Talk):
+        def nothing(self):
+            return None
+
         def process_job(self, job):
-            times = []
-            for _ in range(50):
-                begin = time.perf_counter()
-                for _ in range(1000):
-                    self.poll()
-                times.append((time.perf_counter() - begin) / 1000)
-            return min(times)
+            return least_s(self.poll) / least_s(self.nothing)
 
     results, failures = value_of(Polls([0], comm), comm)
     assert not failures
-    assert results[0] < 2e-6
+    assert results[0] < 15
