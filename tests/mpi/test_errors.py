@@ -932,7 +932,7 @@ def test_interrupt_while_the_master_waits(comm, pids):
     for _ in range(3):
         begin = time.monotonic()
         assert isinstance(error_of(Interrupts(comm, credit=1, max_slaves=1), comm), KeyboardInterrupt)
-        assert comm.allgather(time.monotonic() - begin < 3.0) == [True] * comm.size
+        assert comm.allgather(time.monotonic() - begin < 10) == [True] * comm.size
     check_healthy(comm)
 
 
@@ -978,7 +978,7 @@ def test_interrupt_of_a_slave_that_runs_a_slow_kernel(comm, pids, kernels):
             self.begin = time.monotonic()
 
         def next_job(self):
-            return 1.0 if time.monotonic() - self.begin < 4 else None
+            return 1.0 if time.monotonic() - self.begin < 30 else None
 
         def process_result(self, index, job, result):
             if not self.sent:
@@ -987,7 +987,7 @@ def test_interrupt_of_a_slave_that_runs_a_slow_kernel(comm, pids, kernels):
 
     begin = time.monotonic()
     outcomes = run(Slow(comm), comm)
-    assert comm.allgather(time.monotonic() - begin < 3) == [True] * comm.size, "the interrupt was heard when the jobs had run out"
+    assert comm.allgather(time.monotonic() - begin < 20) == [True] * comm.size, "the interrupt was heard when the jobs had run out"
     assert isinstance(outcomes[-1].error, KeyboardInterrupt)
     assert isinstance(outcomes[0].error, KeyboardInterrupt)
     check_healthy(comm)

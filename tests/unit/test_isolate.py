@@ -307,7 +307,7 @@ def test_the_child_is_replaced_at_once(form, request, isolated):
     start_s = time.monotonic()
     case.run(evaluator, [KILL])
     assert case.run(evaluator, [FINE]) == ([0.0], {})
-    assert time.monotonic() - start_s < 1
+    assert time.monotonic() - start_s < 5
 
 
 def test_a_child_that_dies_between_batches_costs_nothing(case, isolated):
