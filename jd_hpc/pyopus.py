@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 from jd_hpc import calls, dispatcher, futures_server
 from jd_hpc.dispatch import Collector, Exchange, call_of, parts_of
-from jd_hpc.errors import Failure, JobError, LaunchError, PayloadError
+from jd_hpc.errors import Failure, JobError, LaunchError, PayloadError, Unfinished
 from jd_hpc.machine import MPIMachine
 from jd_hpc.session import Server, Session
 
@@ -539,7 +539,7 @@ class OpusOS:
             self._remote_count += 1
         try:
             self._session.put(task)
-        except BrokenExecutor as error:
+        except (BrokenExecutor, Unfinished) as error:
             self.note_end(task)
             raise _why(error) from None
         return task

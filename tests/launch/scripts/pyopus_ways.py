@@ -1,5 +1,6 @@
 """Use cOS, and end in the way that the argument names."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from script_helpers import RANK, note, say
 
-from jd_hpc import JobError
+from jd_hpc import JobError, Unfinished
 from jd_hpc.pyopus import MPI, JobDispatcher, cOS
 
 way = sys.argv[1]
@@ -123,7 +124,14 @@ def go():
     elif way == "slave dies":
         assert cOS.dispatch([(dies_once, [n]) for n in range(30)]) == [n * n for n in range(30)]
     elif way == "time is over":
-        cOS.dispatch((slow, [n]) for n in range(10**6))
+        try:
+            cOS.dispatch((slow, [n]) for n in range(10**6))
+        except Unfinished:
+            assert cOS.freeSlots() == cOS.slots() - 1
+            with contextlib.suppress(Unfinished):
+                cOS.Spawn(slow, [1], remote=True, block=False)
+            assert cOS.freeSlots() == cOS.slots() - 1, "what was refused is counted"
+            raise
     elif way == "dispatcher":
         JobDispatcher(MPI()).run()
     elif way == "once more":
