@@ -1,5 +1,6 @@
 """Rows, buffers and the evaluation of a batch, for the compiled core. No MPI."""
 from libc.stdint cimport int32_t, int64_t
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 cimport cython
 cimport numpy as cnp
 
@@ -8,6 +9,12 @@ ctypedef int32_t (*kernel_t)(const void *job, void *result, void *user_data) noe
 
 cdef enum:
     MOST_AXES = 16
+
+
+cdef inline int64_t monotonic_ns() noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)  # cannot fail: this clock is always there
+    return <int64_t> now.tv_sec * 1_000_000_000 + now.tv_nsec
 
 
 cdef class Rows:

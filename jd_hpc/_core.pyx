@@ -17,12 +17,12 @@ from cpython.pythread cimport PyThread_get_thread_ident
 from libc.stdint cimport int16_t, int32_t, int64_t, uint16_t, uint32_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memmove, memset
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, nanosleep, timespec
+from posix.time cimport clock_gettime, nanosleep, timespec
 cimport cython
 cimport numpy as cnp
 from mpi4py.libmpi cimport *
 
-from jd_hpc._batch cimport Buffer, Evaluator, Rows
+from jd_hpc._batch cimport Buffer, Evaluator, Rows, monotonic_ns
 from jd_hpc._history cimport Lines
 from jd_hpc.scheduler cimport (
     BATCH_ENDED, BATCH_SENT, BATCH_WAITING, SLAVE_LOST, SLAVE_UP, VERDICT_DELIVER, VERDICT_REFUSED, Scheduler,

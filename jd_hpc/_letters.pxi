@@ -16,12 +16,6 @@ cdef class Letter:
     cdef Buffer payload         # header and payload as they were packed: others may be sent from it too
 
 
-cdef int64_t monotonic_ns() noexcept nogil:
-    cdef timespec now
-    clock_gettime(CLOCK_MONOTONIC, &now)  # cannot fail: this clock is always there
-    return <int64_t> now.tv_sec * 1_000_000_000 + now.tv_nsec
-
-
 cdef class Postal(Link):
     """Sends letters, and counts them."""
     cdef public object handlers         # messages.Handlers
@@ -170,7 +164,7 @@ cdef class Correspondent(Postal):
                 source, payload, _ = self.letters.popleft()
                 self.letter_count -= 1
                 self.say_heard(0)
-                for destination, reply in self.handlers.handle(source, unpack(payload.memory)):
+                for destination, reply in self.handlers.handle(source, unpacked(payload, 0, payload.size)):
                     self.tell(reply, destination)
                 count += 1
         finally:

@@ -253,7 +253,7 @@ cdef class Postmaster(JobSender):
             return self.say_heard(source)
         if header.slot == 0:
             try:
-                message = unpack(buffer.memory[offset:offset + header.body_bytes])
+                message = unpacked(buffer, offset, offset + header.body_bytes)
             except PayloadError as error:
                 raise ProtocolError(f"rank {source} sent what cannot be read: {error}") from error
         else:
