@@ -13,7 +13,6 @@ from cpython.object cimport PyObject, PyTypeObject
 from cpython.ref cimport Py_INCREF
 from libc.stdint cimport int32_t, int64_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, memset
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 cimport cython
 cimport numpy as cnp
 
@@ -213,12 +212,6 @@ cdef class SharedNumber:
                 sched_yield()
                 it_is = __atomic_load_n(self.number, __ATOMIC_ACQUIRE) == value
         return it_is
-
-
-cdef int64_t monotonic_ns() noexcept nogil:
-    cdef timespec now
-    clock_gettime(CLOCK_MONOTONIC, &now)  # cannot fail: this clock is always there
-    return <int64_t> now.tv_sec * 1000000000 + now.tv_nsec
 
 
 cdef class Evaluator:

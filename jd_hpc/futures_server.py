@@ -13,25 +13,21 @@ import contextlib
 import importlib.util
 import pickle
 import sys
-import time
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from jd_hpc import calls, ending
-from jd_hpc.errors import MasterLostError
+from jd_hpc import calls
 from jd_hpc.machine import FIRST_HEARTBEAT_S, MPIMachine
 from jd_hpc.session import Server
 
 if TYPE_CHECKING:
-    from mpi4py.MPI import Intracomm, Request
+    from mpi4py.MPI import Intracomm
 
     from jd_hpc.session import Session
 
 WORKER_NAME = "__worker__"
 """What `__name__` is on a slave, so that what a script does under ``if __name__ == "__main__"`` is done on the master only."""
-PAUSE_MOST_S = 0.005
-TAG_WORD = 1
 
 USAGE = """usage: python -m jd_hpc.futures script.py [arguments ...]
    or: python -m jd_hpc.futures -m module [arguments ...]
@@ -64,7 +60,6 @@ class Hub:
         self.comm = comm
         self.session: Session | None = None
         self._channel = MPIMachine(comm).channel()
-        self._words: list[tuple[bytearray, Request]] = []  # MPI reads them until they are received
 
     def begin(self, options: dict[str, Any]) -> None:
         """Master: have the slaves serve an executor with these options.
@@ -80,42 +75,19 @@ class Hub:
                     "another Executor is open, and the slaves serve one at a time: leave its `with`, or call its shutdown(), first"
                 )
             self.session.end()
-        self._say(calls.dumps(options, "the initializer"))
+        self._channel.tell(calls.dumps(options, "the initializer"))
 
     def close(self) -> None:
         """Master: let the slaves go."""
         if self.session is not None:
             self.session.end()
-        self._say(b"")
-        for _, request in self._words:
-            request.Test()  # nobody waits for one that is gone; the others read it
-
-    def _say(self, word: bytes) -> None:
-        kept = bytearray(word)
-        for slave in range(1, self.comm.size):
-            self._words.append((kept, self.comm.Isend(kept, slave, TAG_WORD)))
+        self._channel.tell(None)
 
     def serve(self) -> None:
         """Slave: serve one executor after the other, until the master has no more."""
-        while word := self._next_word():
+        while (options := self._channel.hear(FIRST_HEARTBEAT_S)) is not None:
             with contextlib.suppress(Exception):  # the master has been told
-                Server(self.comm, **pickle.loads(word)).run()
-
-    def _next_word(self) -> bytes:
-        from mpi4py import MPI
-
-        pause_s, status = 1e-5, MPI.Status()
-        beat = self._channel.beat_every(FIRST_HEARTBEAT_S)
-        while not self.comm.Iprobe(0, TAG_WORD, status):
-            if beat is not None and not beat.alive:
-                error = MasterLostError()
-                ending.failed(str(error))
-                raise error
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, PAUSE_MOST_S)
-        word = bytearray(status.Get_count(MPI.BYTE))
-        self.comm.Recv(word, 0, TAG_WORD)
-        return bytes(word)
+                Server(self.comm, **pickle.loads(options)).run()
 
 
 def hub() -> Hub | None:

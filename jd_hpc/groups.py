@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import math
 import pickle
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
@@ -23,10 +22,11 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
 import numpy as np
 
 from jd_hpc._batch import Buffer, Evaluator
+from jd_hpc.attached import Attached
 from jd_hpc.errors import Failure, GroupError
 
 if TYPE_CHECKING:
-    from mpi4py.MPI import Comm, Intracomm
+    from mpi4py.MPI import Intracomm
 
     from jd_hpc.plan import Plan
 
@@ -106,9 +106,6 @@ class Groups:
         This rank's group; None: it is in none.
     """
 
-    _keyval: int | None = None
-    _keyval_lock = threading.Lock()
-
     def __init__(self, comm: Intracomm, ranks_per_slave: int) -> None:
         from mpi4py import MPI
 
@@ -136,29 +133,24 @@ class Groups:
     @classmethod
     def of(cls, comm: Intracomm, ranks_per_slave: int) -> Groups:
         """Return the groups of `comm`; the first call is collective. They live as long as it does."""
-        from mpi4py import MPI
-
-        with cls._keyval_lock:
-            if cls._keyval is None:
-                cls._keyval = MPI.Comm.Create_keyval(delete_fn=cls._delete, nopython=False)
-        known = comm.Get_attr(cls._keyval)
-        if known is None:
-            known = {}
-            comm.Set_attr(cls._keyval, known)
-        assert isinstance(known, dict)
+        known = _attached.of(comm, dict)
         if ranks_per_slave not in known:
             known[ranks_per_slave] = cls(comm, ranks_per_slave)
-        groups = known[ranks_per_slave]
-        assert isinstance(groups, cls)
-        return groups
+        return known[ranks_per_slave]
 
-    @staticmethod
-    def _delete(comm: Comm, keyval: int, known: dict[int, Groups]) -> None:
+    def let_go(self) -> None:
         """The user frees the communicator, on all ranks: so do we."""
-        for groups in known.values():
-            for own in (groups.engine, groups.comm, groups.private):
-                if own is not None:
-                    own.Free()
+        for own in (self.engine, self.comm, self.private):
+            if own is not None:
+                own.Free()
+
+
+def _let_go_all(known: dict[int, Groups]) -> None:
+    for groups in known.values():
+        groups.let_go()
+
+
+_attached = Attached(_let_go_all)
 
 
 class Link(Protocol):

@@ -8,7 +8,6 @@ import logging
 import os
 import pickle
 import socket
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jd_hpc import ending, slurm, supervisor
+from jd_hpc.attached import Attached
 from jd_hpc.beats import Connection, Listener
 from jd_hpc.claims import Claim
 from jd_hpc.errors import FamilyError, GroupError, LaunchError, MasterLostError
 from jd_hpc.groups import Groups, count_groups
 
 if TYPE_CHECKING:
-    from mpi4py.MPI import Comm, Intracomm
+    from mpi4py.MPI import Intracomm
 
 logger = logging.getLogger("jd_hpc")
 
@@ -35,7 +35,8 @@ PART_LOOK_S = 0.002
 LEAST_HEARTBEAT_S = 0.02
 TAG_NEWS = 2
 """Of `Channel.tell`; wire.py has the other tags."""
-HEAR_LOOK_S = 0.0005
+HEAR_FIRST_S, HEAR_MOST_S = 1e-5, 0.005
+"""The pauses of `Channel.hear`, which grow: the master may come late, or a rank wait for long."""
 FIRST_HEARTBEAT_S = 0.5
 """Before the first run."""
 
@@ -187,9 +188,6 @@ class Channel:
         Master: ranks whose process is gone, and ranks that did not leave a run when it ended; these may come back.
     """
 
-    _keyval: int | None = None
-    _keyval_lock = threading.Lock()
-
     def __init__(self, comm: Intracomm) -> None:
         from mpi4py import MPI
 
@@ -290,10 +288,12 @@ class Channel:
         run = -1
         try:
             while run < self.run:  # else it was told before a run that went on without this rank
+                pause_s = HEAR_FIRST_S
                 while not self.comm.Iprobe(0, TAG_NEWS, status):
                     if beat is not None and not beat.alive:
                         raise MasterLostError
-                    time.sleep(HEAR_LOOK_S)
+                    time.sleep(pause_s)
+                    pause_s = min(2 * pause_s, HEAR_MOST_S)
                 news = bytearray(status.Get_count(MPI.BYTE))
                 self.comm.Recv([news, MPI.BYTE], 0, TAG_NEWS)
                 run, value = pickle.loads(news)
@@ -342,28 +342,17 @@ class Channel:
     @classmethod
     def of(cls, comm: Intracomm) -> Channel:
         """Return the channel of `comm`; the first call on a communicator is collective."""
-        from mpi4py import MPI
+        return _attached.of(comm, lambda: cls(comm))
 
-        with cls._keyval_lock:
-            if cls._keyval is None:
-                cls._keyval = MPI.Comm.Create_keyval(delete_fn=cls._delete, nopython=False)
-        channel = comm.Get_attr(cls._keyval)
-        if channel is None:
-            channel = cls(comm)
-            comm.Set_attr(cls._keyval, channel)
-        assert isinstance(channel, cls)
-        return channel
-
-    @staticmethod
-    def _delete(comm: Comm, keyval: int, channel: Channel) -> None:
+    def let_go(self) -> None:
         """The user frees the communicator, on all ranks: so do we."""
-        _channels.discard(channel)
-        if channel.connection is not None:
-            channel.connection.farewell()  # the master may not have read our last message yet
-            channel.connection.close()
-        if channel.listener is not None:
-            channel.listener.close()
-        channel.comm.Free()
+        _channels.discard(self)
+        if self.connection is not None:
+            self.connection.farewell()  # the master may not have read our last message yet
+            self.connection.close()
+        if self.listener is not None:
+            self.listener.close()
+        self.comm.Free()
 
     @property
     def handle(self) -> int:
@@ -379,6 +368,7 @@ class Channel:
 
 
 _channels: set[Channel] = set()
+_attached = Attached(Channel.let_go)
 
 
 def _is_complete(request: Any) -> bool:

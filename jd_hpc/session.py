@@ -34,10 +34,9 @@ BUNDLE_MOST = 512
 """Calls that travel together at the most."""
 BUNDLE_BYTES = 1 << 16
 """What they weigh together, if they are more than one."""
-TOO_HEAVY = "a call of {} bytes is over payload_limit = {}; raise it, or have the function read what is large from a file"
-
 BEGIN_WAIT_S = 1.0
-"""How long the slaves may take for that."""
+"""How long `cancel` lets a run that is just beginning give out something."""
+TOO_HEAVY = "a call of {} bytes is over payload_limit = {}; raise it, or have the function read what is large from a file"
 
 
 class Task(Protocol):
