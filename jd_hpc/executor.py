@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import Executor as BaseExecutor
+from concurrent.futures._base import PENDING
 from types import TracebackType
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -150,8 +151,7 @@ class Executor(BaseExecutor):
             If the run ended early for another reason: its cause says why.
         """
         session = self._session or self.begin()
-        future: _Future[T] = _Future()
-        future.naps = self._naps
+        future: _Future[T] = _Future(self._naps)
         try:
             call = calls.call(function, args, kwargs)
         except Exception as error:
@@ -234,18 +234,77 @@ class _Naps:
 
 
 class _Future(Future[T]):
-    """A future whose `result` naps."""
+    """A future of which there may be many.
 
-    naps: _Naps
+    What the base class makes for each are a dozen objects, on which the garbage collector spends longer than a small call takes.
+    Most of them are for whoever waits: here he brings them himself.
+    """
+
+    def __init__(self, naps: _Naps) -> None:
+        # all that the base class makes, which is not asked to
+        self._condition = _Lock()
+        self._state = PENDING
+        self._result = self._exception = None
+        self._waiters: list[Any] = []
+        self._done_callbacks: list[Any] = []
+        self._naps = naps
 
     def result(self, timeout: float | None = None) -> T:
-        if self.done() or timeout is not None:
-            return super().result(timeout)
-        self.naps.before_waiting()
         try:
-            return super().result()
+            self._wait(timeout)
+            return super().result(0)
         finally:
-            self.naps.after_waiting()
+            del self  # what is raised must not lead back here
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self._wait(timeout)
+        return super().exception(0)
+
+    def cancel(self) -> bool:
+        if not super().cancel():
+            return False
+        with self._condition:
+            for waiter in self._waiters:
+                if isinstance(waiter, _Waiter):  # what concurrent.futures.wait has there is told by the session
+                    waiter.set()
+        return True
+
+    def _wait(self, timeout: float | None) -> None:
+        if self.done():
+            return
+        if timeout is None:
+            self._naps.before_waiting()
+        waiter = _Waiter()
+        with self._condition:
+            if self.done():
+                waiter.set()
+            self._waiters.append(waiter)
+        try:
+            if not waiter.wait(timeout):
+                raise TimeoutError
+        finally:
+            with self._condition:
+                self._waiters.remove(waiter)
+            self._naps.after_waiting()
+
+
+class _Lock(type(threading.RLock())):  # type: ignore[misc]
+    """What a future has in place of a condition: nobody waits for it."""
+
+    __slots__ = ()
+
+    def notify_all(self) -> None:
+        """There is nobody."""
+
+
+class _Waiter(threading.Event):
+    """Of one that waits for a future."""
+
+    def add_result(self, future: Future[Any]) -> None:
+        """It is done."""
+        self.set()
+
+    add_exception = add_cancelled = add_result
 
 
 class _Submitted:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
-from concurrent.futures import BrokenExecutor, CancelledError, as_completed
+import weakref
+from concurrent.futures import BrokenExecutor, CancelledError, as_completed, wait
 
 import numpy as np
 import pytest
@@ -182,6 +184,52 @@ def test_cancel(comm):
 
     assert together(comm, use) == (0.2, True)
     check_healthy(comm)
+
+
+def test_who_waits_hears_of_a_cancellation_at_once(comm):
+    def use(pool):
+        futures = [pool.submit(nap, 1.0) for _ in range(comm.size + 1)]
+        heard = []
+
+        def listen(how):
+            with pytest.raises(CancelledError):
+                how()
+            heard.append(futures[0].done())
+
+        threads = [threading.Thread(target=listen, args=(how,)) for how in (futures[-1].result, futures[-1].exception)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.1)
+        assert futures[-1].cancel()
+        for thread in threads:
+            thread.join(20)
+        assert wait(futures[:1], timeout=0) == (set(), {futures[0]})
+        pool.shutdown(cancel_futures=True)
+        return heard, futures[0].result()
+
+    assert together(comm, use) == ([False, False], 1.0)
+
+
+def test_waiting_leaves_nothing_behind(comm):
+    def use(pool):
+        slow = pool.submit(nap, 0.3)
+        for look in (slow.result, slow.exception):
+            with pytest.raises(TimeoutError):
+                look(0.01)
+        assert len(wait([slow], 0.01).not_done) == 1
+        assert not slow._waiters
+        failed = pool.submit(fail, 1)
+        with pytest.raises(ZeroDivisionError):
+            failed.result()
+        told, seen = failed.exception(), weakref.ref(failed)
+        gc.disable()  # a cycle would stay
+        try:
+            del failed
+            return slow.result(), slow.exception(), str(told), seen() is None
+        finally:
+            gc.enable()
+
+    assert together(comm, use) == (0.3, None, "no 1", True)
 
 
 def test_callbacks(comm):
