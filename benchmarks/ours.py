@@ -6,8 +6,7 @@
     mpiexec -n 2 python ours.py paced   [--grain 100]     block hooks, every job takes 10 us
     mpiexec -n 2 python ours.py payload [--bytes 1000000] jobs and results of that size, echoed
     mpiexec -n 2 python ours.py memory  --library add_kernel.so
-    mpiexec -n 4 python ours.py map     --library add_kernel.so [--vectorized]    map_array, and
-    mpiexec -n 4 python ours.py hand    --library add_kernel.so [--vectorized]    the same with block hooks by hand
+    mpiexec -n 4 python ours.py map     --library add_kernel.so [--vectorized]    map_array, and the same by hand in turn
     mpiexec -n 4 python ours.py idle
 
 With --journal FILE the runs of kernel, block, single and paced write one.
@@ -21,6 +20,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from jd_hpc import JobDispatcher, map_array
 
 RESULT = 1.5
+TURNS = 5  # of `map`
 BLOCK = 4096  # jobs are made this many at a time, as in reference.c
 KERNEL = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
 Record = dict[str, Any]
@@ -302,6 +303,21 @@ def timed(sweep: Measured, seconds: float, trial: int, at_most: int) -> Record |
     return record | {"overhead_s": run_s - loop_s}
 
 
+def run_map(grain: int, credit: int, seconds: float) -> Record | None:
+    """map_array and block hooks by hand, in turn and in the same processes: where these run is the same for both."""
+    sweeps = [form(vm=MPI.COMM_WORLD, grain=grain or 1, credit=credit) for form in (MapForm, HandForm)]
+    records: list[list[Record | None]] = [[], []]
+    for turn in range(TURNS):
+        for which in (0, 1) if turn % 2 else (1, 0):
+            records[which].append(timed(sweeps[which], seconds, 20_000, 20_000_000))
+    rates = [[record["run_rate"] for record in some if record is not None] for some in records]
+    if not rates[0]:
+        return None
+    ratios = [ours / theirs for ours, theirs in zip(*rates, strict=True)]
+    ours, theirs, ratio = (statistics.median(some) for some in (*rates, ratios))
+    return {"run_rate": ours, "hand_rate": theirs, "ratio": ratio, "ratios": ratios}
+
+
 def resident_mb() -> tuple[float, float]:
     """This process's resident memory now, and at its highest, in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -346,7 +362,7 @@ def run_idle() -> Record | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("form", choices=["kernel", "block", "single", "paced", "payload", "memory", "idle", "map", "hand"])
+    parser.add_argument("form", choices=["kernel", "block", "single", "paced", "payload", "memory", "idle", "map"])
     parser.add_argument("--library", help="shared library made of kernel.c")
     parser.add_argument("--grain", type=int, default=1, help="jobs per message; 0 with `map`: its own choice")
     parser.add_argument("--credit", type=int, default=4, help="messages in flight per slave")
@@ -369,6 +385,9 @@ def main() -> None:
         record = run_memory(arguments.grain, arguments.credit, 100_000, arguments.many)
     elif arguments.form == "idle":
         record = run_idle()
+    elif arguments.form == "map":
+        HandForm.vectorized, MapForm.chosen_grain = arguments.vectorized, arguments.grain or None
+        record = run_map(arguments.grain, arguments.credit, arguments.seconds)
     else:
         form, at_most = {
             "kernel": (KernelForm, 20_000_000),
@@ -376,10 +395,7 @@ def main() -> None:
             "single": (SingleForm, 5_000_000),
             "paced": (PacedForm, 5_000_000),
             "payload": (PayloadForm, 100_000),
-            "map": (MapForm, 20_000_000),
-            "hand": (HandForm, 20_000_000),
         }[arguments.form]
-        HandForm.vectorized, MapForm.chosen_grain = arguments.vectorized, arguments.grain or None
         sweep = form(vm=MPI.COMM_WORLD, grain=arguments.grain or 1, credit=arguments.credit)
         slaves = MPI.COMM_WORLD.Get_size() - 1
         trial = 20 if arguments.form == "payload" else 5000 + 20 * slaves * arguments.credit * arguments.grain
