@@ -206,7 +206,8 @@ def check_failures(case: Case, facts: dict[str, Any]) -> Complaints:
     elif case.kind == "raise" and (case.strikes_child or case.moment in ("computing", "big_job", "big_result")):
         right = len(failed) == struck and types <= {"ChaosError", "PayloadError"} and not any(attempts)
     elif case.kind in ("raise", "eat") and not case.strikes_child:
-        right = types <= {"ChaosError", "MemoryError", "PayloadError"} and (case.kind == "eat" or len(failed) <= struck)
+        harmless = {"ChaosError", "MemoryError", "_ArrayMemoryError", "PayloadError"}  # the third one is numpy's
+        right = types <= harmless and (case.kind == "eat" or len(failed) <= struck)
     elif case.strikes_child:  # a job may wander from victim to victim
         right = len(failed) <= struck // 3 and all(count == 3 for count in attempts)
     elif case.victims == RANKS - 1:  # nobody is left; the master does the rest, but not what has struck a slave
