@@ -179,7 +179,7 @@ def test_a_page_shows_another_file_with_its_links():
     assert overview.startswith("# Title\n")
     assert "## The class" in overview
     assert "([map_array](map_array.md))" in overview
-    assert "[examples](examples.md), benchmarks,\n[design](design.md), CONTRIBUTING.md" in overview
+    assert "[examples](examples.md), benchmarks, [design](design.md), CONTRIBUTING.md" in " ".join(overview.split())
     assert "[sunspots.py](../examples/sunspots.py)" in examples
     assert (
         shown("journal", "[README](../README.md#the-class) [x](https://a.b/c)")
