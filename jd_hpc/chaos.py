@@ -1,7 +1,8 @@
 """Faults on demand: what may happen to a rank, done to it on purpose, so that users can see what their own class survives.
 
 ``python -m jd_hpc --chaos "kill=2,stop=1,seed=7" script.py`` does so many of each kind, to different slaves, at times drawn from
-the seed; the same spec does the same to the same ranks.
+the seed; the same spec does the same to the same ranks. `KINDS` has the kinds; ``within=`` says in how many seconds all of it
+happens (default 5), ``pause=`` how long the pauses are (default 3).
 """
 
 from __future__ import annotations
@@ -79,8 +80,15 @@ KINDS: dict[str, Callable[[float], object]] = {
     "compute": _compute,
     "eat": lambda pause_s: _eat(),
 }
-"""What can be done to a process. ``stop``, ``hold`` and ``compute`` end after a pause; ``eat`` wants a memory limit; ``raise`` is
-an exception that nobody expects: by ``--chaos`` it comes in whatever Python code the main thread runs next, mostly a job."""
+"""What can be done to a process.
+
+``kill``, ``segv``, ``exit0`` and ``exit3`` end it; ``freeze`` stops it and ``hang`` holds the GIL, both for ever. ``stop``,
+``hold`` (of the GIL) and ``compute`` (without the GIL) end after a pause. ``eat`` takes all memory, and wants a memory limit.
+``raise`` is an exception that nobody expects: by ``--chaos`` it comes in whatever Python code the main thread runs next, mostly
+a job.
+
+:meta hide-value:
+"""
 
 
 def strike(kind: str, pause_s: float = 3.0) -> None:

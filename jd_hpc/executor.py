@@ -181,7 +181,7 @@ class Executor(BaseExecutor):
         chunksize : int
             Calls that travel together. Large ones pay for small calls.
         buffersize : int, optional
-            At most so many members are ahead of the results that were taken.
+            At most so many chunks are ahead of the results that were taken.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""What `concurrent.futures` has, with an Executor over MPI; and ``python -m jd_hpc.futures script.py`` (see futures_server.py)."""
+"""What `concurrent.futures` has, with an Executor over MPI; and ``python -m jd_hpc.futures script.py`` (docs/executor.md)."""
 
 from concurrent.futures import (
     ALL_COMPLETED,

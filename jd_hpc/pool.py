@@ -227,9 +227,9 @@ class Pool:
         callback: Callable[[list[Any]], object] | None = None,
         error_callback: Callable[[BaseException], object] | None = None,
     ) -> AsyncResult:
-        """Have ``func(member)`` called for all members, and return what will have the list of the results.
+        """Have ``func(member)`` called for all members; return what has ``get``, ``wait``, ``ready`` and ``successful``.
 
-        `callback` gets that list, or `error_callback` the exception, in a thread of the pool's.
+        `callback` gets the list of the results, or `error_callback` the exception, in a thread of the pool's.
         """
         return AsyncResult(self._map(func, iterable, chunksize, False).future, callback, error_callback)
 
@@ -267,7 +267,7 @@ class Pool:
         callback: Callable[[Any], object] | None = None,
         error_callback: Callable[[BaseException], object] | None = None,
     ) -> AsyncResult:
-        """Have ``func(*args, **kwds)`` called on a slave, and return what will have its result.
+        """Have ``func(*args, **kwds)`` called on a slave; return what has ``get``, ``wait``, ``ready`` and ``successful``.
 
         `callback` gets the result, or `error_callback` the exception, in a thread of the pool's.
         """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import os
+import pkgutil
 import re
 import shutil
 import sys
@@ -162,6 +163,28 @@ def test_the_api_page_has_every_public_name():
     documented = re.findall(r"^\.\. auto(?:class|function|exception):: jd_hpc\.(\w+)$", source[0], re.M)
     assert sorted(documented) == sorted(name for name in jd_hpc.__all__ if not name.startswith("__"))
     assert "{{" not in source[0]
+
+
+def test_what_the_api_page_leaves_out_is_there():
+    """Else it was renamed, and is on the page again."""
+    for name, hidden in vars_of_conf()["FOR_OTHER_ROOMS"].items():
+        thing = pkgutil.resolve_name(name)
+        holders = [thing, *(held for held in vars(thing).values() if isinstance(held, type))]
+        assert [member for member in hidden if not any(hasattr(holder, member) for holder in holders)] == [], name
+
+
+def test_a_page_shows_another_file_with_its_links():
+    shown = vars_of_conf()["shown"]
+    overview, examples = (shown(name, "# Title\n\n[x](../README.md)\n") for name in ("overview", "examples"))
+    assert overview.startswith("# Title\n")
+    assert "## The class" in overview
+    assert "([map_array](map_array.md))" in overview
+    assert "[examples](examples.md), benchmarks, [design](design.md), CONTRIBUTING.md" in " ".join(overview.split())
+    assert "[sunspots.py](../examples/sunspots.py)" in examples
+    assert (
+        shown("journal", "[README](../README.md#the-class) [x](https://a.b/c)")
+        == "[README](overview.md#the-class) [x](https://a.b/c)"
+    )
 
 
 def test_the_table_of_contents_has_every_page():
