@@ -244,11 +244,11 @@ class Run:
                 slave.begin(plan)
                 dispatcher._post, slave.handlers = slave, dispatcher._handlers
                 slave.beat = channel.beat_every(plan.heartbeat_s)
-                with channel.limited(dispatcher.job_timeout_s):
-                    dispatcher.on_startup()
-                if plan.shared is not None:
-                    self._set_shared(opened.enter_context(sharing.Holder()).fetch(slave, plan.facts()))
-                with contextlib.suppress(core.StoppedAtWork):
+                with contextlib.suppress(core.StoppedAtWork):  # by a poll() in on_startup, or in the group
+                    with channel.limited(dispatcher.job_timeout_s):
+                        dispatcher.on_startup()
+                    if plan.shared is not None:
+                        self._set_shared(opened.enter_context(sharing.Holder()).fetch(slave, plan.facts()))
                     if plan.team is not None:
                         plan.team.begin(plan.run_one)
                     slave.ready(plan.facts())
