@@ -267,6 +267,20 @@ def test_the_environment(monkeypatch, text, means):
     assert wanted(17) == 17
 
 
+def test_the_environment_is_for_the_outer_run(monkeypatch):
+    class Outer(Sleepy):
+        count = 3
+
+        def process_job(self, job):
+            Sleepy().run()
+
+    monkeypatch.setenv("JD_HPC_PROGRESS", "3")
+    with Screen() as screen:
+        Outer().run()
+    assert " 3/3 " in screen.text
+    assert screen.text.count("\r\n") == 1  # one bar
+
+
 def test_bad_values(monkeypatch):
     for value in ("many", 2.5, [1]):
         with pytest.raises(TypeError, match="progress = "):
