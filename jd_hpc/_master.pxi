@@ -371,6 +371,8 @@ cdef class Master(Deliverer):
     cdef int64_t done_count(self) except -1:
         cdef int slot, state
         cdef int64_t count = self.next_index - self.again_count - self.collected
+        if self.ordering is not None:
+            count -= self.ordering.held
         for slot in range(self.scheduler.batch_count):
             state = self.scheduler.state_of_batch(slot)
             if state == BATCH_WAITING or state == BATCH_SENT or state == BATCH_ENDED:

@@ -167,6 +167,7 @@ class JobDispatcher:
         self.liveness_timeout_s = _seconds("liveness_timeout_s", liveness_timeout_s)
         self.local_fallback = bool(local_fallback)
         self.history_path = history_path_of(history)
+        self._names_history, self._names_progress = history is not None, progress is not None  # else the environment does
         is_time = walltime is not None and not callable(walltime) and walltime != math.inf
         self.walltime = _seconds("walltime", walltime) if is_time else walltime  # type: ignore[arg-type]
         self.walltime_margin_s = _seconds("walltime_margin_s", walltime_margin_s, zero=True)

@@ -19,8 +19,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
 
-import numpy as np
-
 from jd_hpc._batch import Buffer, Evaluator
 from jd_hpc.attached import Attached
 from jd_hpc.errors import Failure, GroupError
@@ -269,8 +267,6 @@ class Team:
             run, turn, job, index = found[1]
             if run != self._link.run:
                 continue
-            if isinstance(job, np.ndarray):
-                job.flags.writeable = False
             failure = None
             try:
                 process_job(job, index)

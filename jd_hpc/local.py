@@ -110,7 +110,8 @@ class Engine:
                     return True
                 jobs = [job] if plan.job_dtype is None else _read_only(_rows([job], plan.job_dtype))
                 _run(plan, self._evaluator, self._clock, index, jobs)
-            if is_none and not holes:
+            may_be_more = plan.post is not None and plan.post.settle()  # handlers may have made jobs
+            if is_none and not holes and not may_be_more:
                 return True
         return False
 

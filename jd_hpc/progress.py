@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from operator import index
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, SupportsIndex, cast
 
 from jd_hpc.errors import ProgressError
 
@@ -124,8 +124,10 @@ class Progress:
 
     def _total_of(self) -> int | None:
         """How many jobs there are. What is no number was not meant for us."""
-        total = self._count_of()
-        return total if isinstance(total, int) else None
+        try:
+            return index(cast(SupportsIndex, self._count_of()))
+        except TypeError:
+            return None
 
     # ---- a bar -----------------------------------------------------------------------------------------------------
 
@@ -141,8 +143,7 @@ class Progress:
         Bar: Any = type("Bar", (tqdm,), {"monitor_interval": 0})  # noqa: N806
         Bar.set_lock(threading.RLock())  # else one that processes share
         with self._tolerant():
-            knows_width = os.get_terminal_size(sys.stderr.fileno()).columns > 0  # a terminal that a program has made may not
-            width = {"dynamic_ncols": True} if knows_width else {"ncols": COLUMNS, "nrows": 2}
+            width = {"dynamic_ncols": True} if _knows_its_width() else {"ncols": COLUMNS, "nrows": 2}
             self._bar = Bar(total=self._total_of(), file=sys.stderr, unit=" jobs", mininterval=0, miniters=1, leave=True, **width)
         for handler in _console_handlers():
             handler.addFilter(self._clear)
@@ -182,7 +183,8 @@ class Progress:
         elif now - self._line_s >= LINE_EVERY_S:
             counts = Counts(*counts_of())
             with self._tolerant():
-                print(self._line(counts, now - self._line_s), file=sys.stderr, flush=True)
+                if sys.stderr is not None:  # print would take stdout
+                    print(self._line(counts, now - self._line_s), file=sys.stderr, flush=True)
             self._line_s, self._line_done = now, counts.done
         return self._line_s + LINE_EVERY_S
 
@@ -207,8 +209,16 @@ def _clock(seconds: float) -> str:
 
 def _is_terminal() -> bool:
     try:
-        return sys.stderr is not None and sys.stderr.isatty()
-    except ValueError:  # closed
+        return sys.stderr.isatty()
+    except (AttributeError, OSError, ValueError):  # there is none, or one that a program has made; or it is closed
+        return False
+
+
+def _knows_its_width() -> bool:
+    """A terminal that a program has made may not."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (AttributeError, OSError, ValueError):
         return False
 
 

@@ -244,11 +244,11 @@ class Run:
                 slave.begin(plan)
                 dispatcher._post, slave.handlers = slave, dispatcher._handlers
                 slave.beat = channel.beat_every(plan.heartbeat_s)
-                with channel.limited(dispatcher.job_timeout_s):
-                    dispatcher.on_startup()
-                if plan.shared is not None:
-                    self._set_shared(opened.enter_context(sharing.Holder()).fetch(slave, plan.facts()))
-                with contextlib.suppress(core.StoppedAtWork):
+                with contextlib.suppress(core.StoppedAtWork):  # by a poll() in on_startup, or in the group
+                    with channel.limited(dispatcher.job_timeout_s):
+                        dispatcher.on_startup()
+                    if plan.shared is not None:
+                        self._set_shared(opened.enter_context(sharing.Holder()).fetch(slave, plan.facts()))
                     if plan.team is not None:
                         plan.team.begin(plan.run_one)
                     slave.ready(plan.facts())
@@ -300,8 +300,14 @@ class Run:
 
     # ---- what a run is made with -------------------------------------------------------------------------------------
 
+    @property
+    def _is_outer(self) -> bool:
+        """Whether this is no run in a hook or a job of another one: what the environment says is for that one."""
+        return self._asked is not None
+
     def _history(self) -> History:
-        return History(self._dispatcher.history_path)
+        is_wanted = self._is_outer or self._dispatcher._names_history
+        return History(self._dispatcher.history_path if is_wanted else "")
 
     def _journal(self, plan: Plan) -> contextlib.AbstractContextManager[Any]:
         """Open the journal, if there is to be one."""
@@ -313,7 +319,7 @@ class Run:
     def _progress(self) -> contextlib.AbstractContextManager[Progress | None]:
         """What shows how far the run is, if that is wanted."""
         dispatcher, option = self._dispatcher, self._dispatcher._progress
-        if option is False:
+        if option is False or not (self._is_outer or dispatcher._names_progress):
             return contextlib.nullcontext()
         return Progress(lambda: dispatcher.job_count if option is True else option)
 

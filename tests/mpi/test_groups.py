@@ -98,6 +98,18 @@ def test_rows(comm, machine):
     check_healthy(comm)
 
 
+def test_jobs_that_are_objects_may_be_written_to_on_all_ranks(comm, machine):
+    class Doubles(Sweep):
+        def process_job(self, job):
+            job *= 2
+            return self.comm.allreduce(float(job.sum()))
+
+    results, failures = value_of(Doubles([np.full(4, float(n)) for n in range(8)], machine), comm)
+    assert failures == {}
+    assert results == {n: 8 * n * width(machine) for n in range(8)}
+    check_healthy(comm)
+
+
 def test_shared_data_and_hooks_on_all_ranks(comm, machine):
     class Shares(Sweep):
         def on_startup(self):

@@ -461,6 +461,19 @@ def test_the_end_of_a_run_ends_a_job_that_polls(comm):
         assert time.monotonic() - begin < 20
 
 
+def test_the_end_of_a_run_ends_an_on_startup_that_polls(comm):
+    class Slow(Talk):
+        def on_startup(self):
+            end = time.monotonic() + (30 if self.rank > 1 else 0)  # the master waits until one slave is there
+            while time.monotonic() < end:
+                self.poll()
+
+    begin = time.monotonic()
+    assert value_of(Slow([], comm), comm) == ({}, {})
+    assert time.monotonic() - begin < 20
+    check_healthy(comm)
+
+
 def test_only_in_a_run(comm):
     sweep = Talk([], comm)
     for call in (lambda: sweep.tell(Note("x")), lambda: sweep.broadcast(Note("x")), sweep.poll):

@@ -84,11 +84,13 @@ def test_the_next_run_may_begin_in_the_last_hooks(comm):
 
 @pytest.mark.parametrize("where", ["on_startup", "next_job", "process_job", "process_result"])
 def test_a_local_run_inside_anything(comm, where, monkeypatch, tmp_path_factory):
-    """The journal that the environment names is the outer run's."""
-    path = comm.bcast(str(tmp_path_factory.mktemp("nested") / "run.journal") if comm.rank == 0 else None)
-    monkeypatch.setenv("JD_HPC_JOURNAL", path)
+    """The journal and the history that the environment names are the outer run's."""
+    folder = comm.bcast(tmp_path_factory.mktemp("nested") if comm.rank == 0 else None)
+    monkeypatch.setenv("JD_HPC_JOURNAL", str(folder / "run.journal"))
+    monkeypatch.setenv("JD_HPC_HISTORY", str(folder / "history"))
     results = value_of(Inside(where, None, comm), comm)[0]
     assert results == {n: n + (6 if where == "process_job" else 0) for n in range(6)}
+    assert (folder / "history").read_text().count('"e":"begin"') == 1
 
 
 def test_a_communicator_of_some_slaves_in_their_jobs(comm):

@@ -68,3 +68,36 @@ def test_lines_where_there_is_no_terminal(comm, monkeypatch):
     assert lines
     pattern = r"jd_hpc: \d+ of 60 jobs done, [\d.e+]+ jobs/s, \d of \d slaves busy, [01] failed(, 0:00:\d\d left)?"
     assert all(re.fullmatch(pattern, line) for line in lines), lines
+
+
+def test_what_waits_for_its_turn_is_not_done(comm, monkeypatch):
+    class First(Tolerant):
+        """Job 0 ends when all others have."""
+
+        go, came_in = False, 0
+
+        def on_startup(self):
+            self.add_handler(str, self.hear)
+
+        def hear(self, source, message):
+            self.go = True
+
+        def process_job(self, job):
+            end = time.monotonic() + (30 if job == 0 else 0)
+            while time.monotonic() < end and not self.go:
+                self.poll()
+            time.sleep(0.3 if job == 0 else 0)
+
+        def on_result(self, slave, index):
+            self.came_in += 1
+            if self.came_in == 29:
+                self.broadcast("go")
+
+    if comm.size > 2:
+        monkeypatch.setattr(jd_hpc.progress, "LINE_EVERY_S", 0.1)
+        with File() as file:
+            results, _ = value_of(First(range(30), comm, progress=30, ordered=True, window=30, credit=1), comm)
+        assert len(results) == 30
+        lines = comm.bcast(file.text).splitlines()
+        assert lines
+        assert {int(line.split()[1]) for line in lines} <= {0, 30}

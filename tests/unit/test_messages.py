@@ -145,6 +145,24 @@ def test_the_last_hooks_message_may_make_a_job():
     assert ("result", 100) in More().run()
 
 
+def test_a_resume_hears_the_hooks_too(tmp_path):
+    class More(Sweep):
+        def process_job(self, job):
+            return job
+
+        def process_result(self, index, job, result):
+            self.tell(("more" if job == 4 else "from hook", 100 + job))
+
+        def hear(self, source, message):
+            super().hear(source, message)
+            if message[0] == "more":
+                self.todo.append(message[1])
+
+    events = More().run(tmp_path / "journal")
+    assert ("from hook", 204) in events
+    assert More().run(tmp_path / "journal") == events
+
+
 def test_replies_to_oneself_are_handled_after_the_handler():
     class Echo(Sweep):
         def hear(self, source, message):

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from screens import File, Screen
 
@@ -63,6 +64,15 @@ def test_the_total_comes_from_the_class():
     with Screen() as screen:
         Known(progress=True).run()
     assert " 20/20 " in screen.text
+
+
+def test_the_total_may_be_one_of_numpys_numbers(often):
+    class Known(Sleepy):
+        job_count = np.prod((4, 5))
+
+    with File() as file:
+        Known(progress=True).run()
+    assert " of 20 jobs done" in file.text
 
 
 def test_nobody_knows_the_total():
@@ -193,6 +203,44 @@ def test_a_terminal_that_goes_away_does_not_end_the_run():
     assert sweep.last == 19
 
 
+class Bare:
+    """A stderr that a program has made: it is not all that a file is."""
+
+    def __init__(self, **more):
+        self.text = ""
+        vars(self).update(more)
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+def no_answer():
+    raise OSError("no answer")
+
+
+@pytest.mark.parametrize("more", [{}, {"isatty": no_answer}], ids=["cannot be asked", "does not answer"])
+def test_a_stderr_that_is_no_file_gets_lines(often, more):
+    with contextlib.redirect_stderr(Bare(**more)) as stderr:
+        Sleepy(progress=20).run()
+    assert " of 20 jobs done" in stderr.text
+
+
+@pytest.mark.parametrize("more", [{}, {"fileno": no_answer}], ids=["cannot be asked", "does not answer"])
+def test_a_terminal_that_is_no_file_gets_a_bar(more):
+    with contextlib.redirect_stderr(Bare(isatty=lambda: True, **more)) as stderr:
+        Sleepy(progress=20).run()
+    assert " 20/20 " in stderr.text
+
+
+def test_without_a_stderr_there_is_silence(often, capsys):
+    with contextlib.redirect_stderr(None):
+        Sleepy(progress=20).run()
+    assert capsys.readouterr() == ("", "")
+
+
 def test_without_tqdm(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     with Screen(), pytest.raises(jd_hpc.ProgressError, match=r"pip install tqdm"):
@@ -217,6 +265,20 @@ def test_the_environment(monkeypatch, text, means):
     assert wanted(False) is False
     assert wanted(True) is True
     assert wanted(17) == 17
+
+
+def test_the_environment_is_for_the_outer_run(monkeypatch):
+    class Outer(Sleepy):
+        count = 3
+
+        def process_job(self, job):
+            Sleepy().run()
+
+    monkeypatch.setenv("JD_HPC_PROGRESS", "3")
+    with Screen() as screen:
+        Outer().run()
+    assert " 3/3 " in screen.text
+    assert screen.text.count("\r\n") == 1  # one bar
 
 
 def test_bad_values(monkeypatch):
