@@ -120,6 +120,12 @@ def bytes_of(job: Call) -> int:
     return len(function) + len(arguments) + apart_bytes
 
 
+def refuse_streams(options: Mapping[str, Any]) -> None:
+    """Raise TypeError where these options of a dispatcher want a random stream for each call: a call has no place for it."""
+    if options.get("rng"):
+        raise TypeError("rng: a call gets no random stream. Cure: give each a seed among its arguments, or use map_array(rng=True)")
+
+
 _functions: OrderedDict[bytes, Callable[..., Any]] = OrderedDict()
 
 

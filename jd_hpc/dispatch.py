@@ -265,6 +265,7 @@ class Dispatch(JobDispatcher):
     """The dispatcher behind `dispatch`, which has the parameters."""
 
     def __init__(self, exchange: Exchange, on_error: str, **options: Any) -> None:
+        calls.refuse_streams(options)
         super().__init__(**options)
         if on_error not in ("raise", "return"):
             raise ValueError(f'on_error = {on_error!r} is unknown: it can be "raise" or "return"')

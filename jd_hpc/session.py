@@ -84,6 +84,7 @@ class Server(JobDispatcher):
         payload_limit: int | None = None,
         **options: Any,
     ) -> None:
+        calls.refuse_streams(options)
         most = BUNDLE_MOST if payload_limit is None else 1  # results that fit one by one may not fit together
         # one message at a time: a call that waits behind a long one on its slave could run elsewhere
         super().__init__(vm, **{"grain": most, "credit": 1, **options})

@@ -8,7 +8,7 @@ import tracemalloc
 
 import pytest
 
-from jd_hpc import CallError, CollectorError, JobError, dispatch
+from jd_hpc import CallError, CollectorError, Executor, JobError, Pool, dispatch
 from jd_hpc.dispatch import parts_of
 
 
@@ -311,3 +311,9 @@ def test_what_is_no_job(job, words):
         assert word in str(caught.value)
     with pytest.raises(CallError):
         dispatch([(square, [1]), job])
+
+
+@pytest.mark.parametrize("face", [lambda: dispatch([], rng=True), lambda: Executor(rng=True), lambda: Pool(rng=True)])
+def test_calls_get_no_random_streams(face):
+    with pytest.raises(TypeError, match=r"a call gets no random stream. Cure: "):
+        face()
