@@ -239,13 +239,16 @@ class _Future(Future[T]):
     naps: _Naps
 
     def result(self, timeout: float | None = None) -> T:
-        if self.done() or timeout is not None:
-            return super().result(timeout)
-        self.naps.before_waiting()
         try:
-            return super().result()
+            if self.done() or timeout is not None:
+                return super().result(timeout)
+            self.naps.before_waiting()
+            try:
+                return super().result()
+            finally:
+                self.naps.after_waiting()
         finally:
-            self.naps.after_waiting()
+            del self  # an exception's traceback holds this frame
 
 
 class _Submitted:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from concurrent.futures import BrokenExecutor, CancelledError, as_completed
 
 import numpy as np
@@ -300,3 +302,24 @@ def test_a_journal(comm, tmp_path):
         if used is not None:
             assert list(used.map(square, range(50))) == [i * i for i in range(50)]
     assert comm.bcast(pool.stats.get("from journal")) == 50
+
+
+def test_an_exception_that_was_caught_keeps_nothing(comm):
+    class Large:
+        pass
+
+    def raises(use):
+        kept = Large()
+        with pytest.raises(ZeroDivisionError):
+            use()
+        return weakref.ref(kept)
+
+    def use(pool):
+        gc.collect()
+        gc.disable()  # a cycle would be found in the end, and until then a caller's arrays take their memory
+        try:
+            return [raises(lambda: pool.submit(fail, 1).result())(), raises(lambda: list(pool.map(fail, [1, 2])))()]
+        finally:
+            gc.enable()
+
+    assert together(comm, use) == [None, None]
