@@ -25,6 +25,7 @@ from jd_hpc import calls
 from jd_hpc.executor import Executor, LateError, Results
 from jd_hpc.futures_server import Hub
 from jd_hpc.guide import Guide
+from jd_hpc.machine import MPIMachine
 from jd_hpc.session import Session
 
 BEGIN_LIMIT_S = 5.0
@@ -101,6 +102,7 @@ class Pool:
         self.size: int = machine.slots if max_slaves is None else min(machine.slots, max_slaves)
         self.workers: set[int] = set(range(1, 1 + self.size)) if machine.size > 1 else {0}
         self._has_served = self._is_closed = False
+        self._slaves_leave = serve and Hub.current is None
         self._imaps: WeakSet[Results] = WeakSet()  # those that somebody takes results from
         if self.is_master():
             self._session = self._executor.begin()
@@ -163,6 +165,8 @@ class Pool:
         self._session.break_off(RuntimeError("the pool was terminated"), self.workers != {0}, begin_limit_s)
 
     def _leave(self) -> None:
+        if self._slaves_leave and isinstance(self._executor.machine, MPIMachine):
+            self._executor.machine.note_departure()
         self._is_closed = True
         if Pool.current is self:
             Pool.current = None

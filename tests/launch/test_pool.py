@@ -130,6 +130,11 @@ def test_a_pool_that_was_closed(launch):
     assert lines == ["ValueError the pool was closed: make another one, or close it later NoneType"] * 5 + ["end"]
 
 
+def test_nobody_waits_for_slaves_that_have_left(launch):
+    lines = lines_of(launch(3, "pool_target.py", "second pool").wait())
+    check_lines(lines, [r"then \[0, 1", *[r"LaunchError the slaves have left the program"] * 3, r"then \[0, 1, 4, 9, 16\]"])
+
+
 def test_a_local_pool_inside_a_call(launch):
     assert lines_of(launch(3, "pool_target.py", "nested").wait()) == ["then [[0, 1], [1, 4], [4, 9]]", "end"]
 
