@@ -18,6 +18,7 @@ from jd_hpc.session import Server, Session
 
 T = TypeVar("T")
 
+OVER = "cannot schedule new futures after shutdown"
 NAP_S = 0.0005
 """How long whoever reads results sleeps while they come in faster than this."""
 
@@ -113,14 +114,17 @@ class Executor(BaseExecutor):
         return False
 
     def serve(self) -> None:
-        """Slave: serve until the master's executor is shut down."""
+        """Slave: serve until the master's executor is shut down. After that an executor cannot be entered again, on any rank."""
+        if self._is_over:
+            raise RuntimeError(OVER)
+        self._is_over = True
         self._server.run()
 
     def begin(self) -> Session:
         """Master: begin, unless that was done, and return the open run."""
         with self._lock:
             if self._is_over:
-                raise RuntimeError("cannot schedule new futures after shutdown")
+                raise RuntimeError(OVER)
             if self._session is None:
                 if not self.is_master:
                     raise RuntimeError("a slave serves: enter the executor by `with`, which gives it to the master only")

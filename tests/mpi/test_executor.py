@@ -323,3 +323,14 @@ def test_an_exception_that_was_caught_keeps_nothing(comm):
             gc.enable()
 
     assert together(comm, use) == [None, None]
+
+
+def test_an_executor_is_entered_once(comm):
+    """On a second time all ranks hear of it, and none waits for the others."""
+    executor = Executor(comm)
+    with executor as pool:
+        if pool is not None:
+            pool.submit(square, 2).result()
+    with pytest.raises(RuntimeError, match="after shutdown"), executor:
+        pass
+    check_healthy(comm)
