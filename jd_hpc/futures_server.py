@@ -89,7 +89,7 @@ class Hub:
         self._channel.tell(None)
 
     def serve(self, trouble: Exception | None = None) -> None:
-        """Slave: serve one executor after the other, until the master has no more. After trouble with the script each hears of it."""
+        """Slave: serve one executor after the other, until the master has no more. Each hears of trouble with the script."""
         self.serves = True
         while (packed := self._channel.hear(FIRST_HEARTBEAT_S)) is not None:
             with contextlib.suppress(Exception):  # the master has been told

@@ -171,9 +171,9 @@ class MPIMachine:
         """
         if _departed and self.is_master and not _departed.isdisjoint(self._world_ranks()):
             raise LaunchError(
-                "the slaves have left the program, as they do when the master's Pool is closed, or cOS is finalized. Cure: one Pool for "
-                "the whole program; or Pool(serve=False), and pool.wait() on the slaves, which then go on; or python -m jd_hpc.futures "
-                "script.py"
+                "the slaves have left the program, as they do when the master's Pool is closed, or cOS is finalized. Cure: one "
+                "Pool for the whole program; or Pool(serve=False), and pool.wait() on the slaves, which then go on; or python -m "
+                "jd_hpc.futures script.py"
             )
 
     def _world_ranks(self) -> list[int]:

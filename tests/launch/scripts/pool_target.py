@@ -196,6 +196,15 @@ elif what == "second pool":
     caught(Executor, MPI.COMM_WORLD)
     caught(dispatch, [(square, [1])], vm=MPI.COMM_WORLD)
     say("then", Pool(LocalMachine()).map(square, range(5)))
+elif what == "slaves have left":
+    pool = Pool(serve=False)
+    if not pool.is_master():
+        pool.wait()
+        sys.exit(0)
+    pool.close()
+    pool.join()
+    with Pool() as pool:
+        say("then", pool.map(square, range(5)))
 elif what == "slaves do not wait":
     with Pool(serve=False) as pool:
         if not pool.is_master():
