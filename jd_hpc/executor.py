@@ -376,7 +376,8 @@ class Results:
         except Exception as error:
             if self._is_new:
                 raise
-            self._ahead.append(_Chunk(self, None, error))  # likewise
+            self._ahead.append(_Chunk(self, None, error))  # likewise, and nothing after it
+            self._chunks = iter(())
             return False
         self._ahead.append(task)
         return True

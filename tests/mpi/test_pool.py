@@ -235,6 +235,24 @@ def test_what_imap_has_begun_goes_on_after_close(comm, name, joins):
     assert together(comm, use) == [x * x for x in range(100)]
 
 
+@pytest.mark.parametrize("name", ["imap", "imap_unordered"])
+def test_imap_ends_where_the_pool_has_ended(comm, name):
+    def use(pool):
+        results = getattr(pool, name)(square, itertools.count())
+        first = next(results)
+        pool.terminate()
+        for _ in range(100):
+            try:
+                next(results)
+            except StopIteration:
+                return first
+            except Exception as error:
+                assert type(error).__name__ in ("CancelledError", "BrokenExecutor", "RuntimeError")
+        return "no end"
+
+    assert together(comm, use) != "no end"
+
+
 def test_what_an_async_map_was_given_may_change(comm):
     def use(pool):
         naps, rows = [0.01] * 40, np.arange(40.0)
