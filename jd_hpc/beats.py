@@ -296,6 +296,8 @@ class Listener:
         What a slave must show: 16 random bytes, for this listener only.
     addresses : list of (str, int)
         Where it can be reached: loopback first, then every other address of this machine that was found.
+    left : set of int
+        The ranks that have said farewell.
     """
 
     def __init__(self, size: int, period_s: float) -> None:
@@ -307,6 +309,7 @@ class Listener:
         self._strangers: dict[int, _Peer] = {}  # those without a rank, the oldest first
         self._ranks: dict[int, _Peer] = {}  # the others, by rank
         self._heard: list[float | None] = [None] * size
+        self.left: set[int] = set()
         self._swept = -math.inf  # when everything that had come was read
         self._sweep_began = -math.inf
         self._sweep_count = 0
@@ -479,6 +482,7 @@ class Listener:
             count = 0
         if count and self._buffer[count - 1] == FAREWELL[0]:
             self._end(peer, rank, "left", events)
+            self.left.add(rank)
             return
         if count == 0 or mask & GONE_MASK:
             self._end(peer, rank, "closed", events)

@@ -19,6 +19,7 @@ from jd_hpc.session import Server, Session
 
 T = TypeVar("T")
 
+OVER = "cannot schedule new futures after shutdown"
 NAP_S = 0.0005
 """How long whoever reads results sleeps while they come in faster than this."""
 
@@ -114,14 +115,17 @@ class Executor(BaseExecutor):
         return False
 
     def serve(self) -> None:
-        """Slave: serve until the master's executor is shut down."""
+        """Slave: serve until the master's executor is shut down. After that an executor cannot be entered again, on any rank."""
+        if self._is_over:
+            raise RuntimeError(OVER)
+        self._is_over = True
         self._server.run()
 
     def begin(self) -> Session:
         """Master: begin, unless that was done, and return the open run."""
         with self._lock:
             if self._is_over:
-                raise RuntimeError("cannot schedule new futures after shutdown")
+                raise RuntimeError(OVER)
             if self._session is None:
                 if not self.is_master:
                     raise RuntimeError("a slave serves: enter the executor by `with`, which gives it to the master only")
@@ -361,6 +365,10 @@ class _Chunk:
         self.fail(CancelledError())
 
 
+class LateError(Exception):
+    """There is no result yet; a call may raise a TimeoutError of its own."""
+
+
 class Results:
     """The results of a function for many members, in order, while chunks of them run.
 
@@ -386,10 +394,23 @@ class Results:
         self._done = threading.Condition()
         self._awaited: _Chunk | None = None
         self._is_bounded = most is not None
+        self._is_new = True
         self._naps = _Naps()
         for _ in itertools.count() if most is None else range(most):
             if not self._put_one():
                 break
+        self._is_new = False
+
+    def put_rest(self) -> None:
+        """Have all go out that has not."""
+        while self._is_bounded and self._put_one():
+            pass
+        self._is_bounded = False
+
+    def forsake(self) -> None:
+        """Nobody takes any more results."""
+        for chunk in self._ahead:
+            chunk.is_unwanted = True
 
     def _put_one(self) -> bool:
         try:
@@ -405,9 +426,16 @@ class Results:
             task = _Chunk(self, calls.chunk(self._function, self._name, members), None)
         except Exception as error:
             self._ahead.append(_Chunk(self, None, error))
-        else:
-            self._ahead.append(task)
+            return True
+        try:
             self._session.put(task)
+        except Exception as error:
+            if self._is_new:
+                raise
+            self._ahead.append(_Chunk(self, None, error))  # likewise, and nothing after it
+            self._chunks = iter(())
+            return False
+        self._ahead.append(task)
         return True
 
     def note(self, chunk: _Chunk) -> None:
@@ -424,7 +452,7 @@ class Results:
             while not chunk.is_done:
                 left_s = None if end_s is None else end_s - time.monotonic()
                 if left_s is not None and left_s <= 0:
-                    raise TimeoutError
+                    raise LateError
                 self._done.wait(left_s)
         self._awaited = None
         self._naps.after_waiting()
@@ -436,20 +464,39 @@ class Results:
             self._wait(chunk, end_s)
         return self._ahead.popleft()
 
+    def values(self, end_s: float | None) -> list[Any]:
+        """Take the results of the chunk whose turn it is, the last one first, or raise its error.
+
+        Raises
+        ------
+        StopIteration
+            If there are no more.
+        LateError
+            If they are not there at the time `end_s`.
+        """
+        if not self._ahead:
+            raise StopIteration
+        chunk = self._next(end_s)
+        if self._is_bounded:
+            self._put_one()
+        try:
+            if chunk.error is not None:
+                raise chunk.error
+            values: list[Any] = chunk.value
+        finally:
+            del chunk  # an exception's traceback holds this frame
+        values.reverse()
+        return values
+
     def items(self, end_s: float | None) -> Iterator[Any]:
         """Return the iterator; it raises TimeoutError after the time `end_s`."""
         try:
             while self._ahead:
-                chunk = self._next(end_s)
-                if chunk.error is not None:
-                    raise chunk.error
-                if self._is_bounded:
-                    self._put_one()
-                values = chunk.value
-                values.reverse()
-                del chunk
+                try:
+                    values = self.values(end_s)
+                except LateError:
+                    raise TimeoutError from None
                 while values:  # popped, so that nothing here keeps what the user has dropped
                     yield values.pop()
         finally:
-            for chunk in self._ahead:
-                chunk.is_unwanted = True
+            self.forsake()

@@ -4,6 +4,7 @@ The rules it keeps:
 
 - A slave has what the script defines: it runs it once, under the name ``__worker__``, up to the first executor.
 - Between two executors a slave waits for a word of the master, with growing pauses; it burns no core.
+- Where the script fails on a slave, executors are told so, and the slave serves nothing.
 - When the script has ended on the master, however it did, the slaves are let go.
 """
 
@@ -13,6 +14,7 @@ import contextlib
 import importlib.util
 import pickle
 import sys
+import traceback
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -52,6 +54,8 @@ class Hub:
         A duplicate of COMM_WORLD.
     session : Session or None
         That of the last executor.
+    serves : bool
+        Slave: it is past the script; what asks for an executor now is a call.
     """
 
     current: ClassVar[Hub | None] = None
@@ -59,6 +63,7 @@ class Hub:
     def __init__(self, comm: Intracomm) -> None:
         self.comm = comm
         self.session: Session | None = None
+        self.serves = False
         self._channel = MPIMachine(comm).channel()
 
     def begin(self, options: dict[str, Any]) -> None:
@@ -83,18 +88,29 @@ class Hub:
             self.session.end()
         self._channel.tell(None)
 
-    def serve(self) -> None:
-        """Slave: serve one executor after the other, until the master has no more."""
-        while (options := self._channel.hear(FIRST_HEARTBEAT_S)) is not None:
+    def serve(self, trouble: Exception | None = None) -> None:
+        """Slave: serve one executor after the other, until the master has no more. Each hears of trouble with the script."""
+        self.serves = True
+        while (packed := self._channel.hear(FIRST_HEARTBEAT_S)) is not None:
             with contextlib.suppress(Exception):  # the master has been told
-                Server(self.comm, **pickle.loads(options)).run()
+                options = pickle.loads(packed)
+                if trouble is not None:
+                    options |= {"initializer": _raise, "initargs": (trouble,)}
+                Server(self.comm, **options).run()
+
+
+def _raise(trouble: Exception) -> None:
+    raise trouble
 
 
 def hub() -> Hub | None:
-    """Return the hub, if there is one and this is the master. A slave does not come back from here."""
-    if Hub.current is not None and Hub.current.comm.rank > 0:
-        raise ServingError
-    return Hub.current
+    """Return the hub, if there is one and this is the master. The script does not come back from here on a slave."""
+    here = Hub.current
+    if here is None or here.comm.rank == 0:
+        return here
+    if here.serves:  # a call wants an executor of its own, which runs where the call does
+        return None
+    raise ServingError
 
 
 # ---- the program -----------------------------------------------------------------------------------------------------
@@ -159,10 +175,16 @@ def main() -> int:
         return 0
     here = Hub.current = Hub(MPI.COMM_WORLD.Dup())
     if here.comm.rank > 0:
-        with contextlib.suppress(ServingError, SystemExit):
+        trouble = None
+        try:
             run(code, facts, WORKER_NAME)
-        here.serve()
-        return 0
+        except (ServingError, SystemExit):
+            pass
+        except Exception as error:  # nobody may wait for this rank for ever
+            traceback.print_exc()
+            trouble = error
+        here.serve(trouble)
+        return 0 if trouble is None else 1
     try:
         run(code, facts, "__main__")
     finally:

@@ -157,6 +157,32 @@ class MPIMachine:
         grouping = self.grouping
         return MPI.COMM_SELF if grouping is None or grouping.comm is None else grouping.comm
 
+    def note_departure(self) -> None:
+        """Master: the slaves leave the program after the run that they are in; no other one is possible then."""
+        _departed.update(self._world_ranks())
+
+    def check_presence(self) -> None:
+        """Master: see to it that nobody is waited for who will not come.
+
+        Raises
+        ------
+        LaunchError
+            If slaves have left the program.
+        """
+        if _departed and self.is_master and not _departed.isdisjoint(self._world_ranks()):
+            raise LaunchError(
+                "the slaves have left the program, as they do when the master's Pool is closed, or cOS is finalized. Cure: one "
+                "Pool for the whole program; or Pool(serve=False), and pool.wait() on the slaves, which then go on; or python -m "
+                "jd_hpc.futures script.py"
+            )
+
+    def _world_ranks(self) -> list[int]:
+        """The slaves' ranks in COMM_WORLD."""
+        from mpi4py import MPI
+
+        ranks = MPI.Group.Translate_ranks(self.comm.Get_group(), range(1, self.size), MPI.COMM_WORLD.Get_group())
+        return [rank for rank in ranks if rank != MPI.UNDEFINED]
+
     def claim(self) -> Claim:
         """Begin a run on these ranks: no other one of this process may until the claim is released."""
         from mpi4py import MPI
@@ -367,6 +393,8 @@ class Channel:
         return self.run
 
 
+_departed: set[int] = set()
+"""Master: the ranks in COMM_WORLD of slaves that no run will find any more."""
 _channels: set[Channel] = set()
 _attached = Attached(Channel.let_go)
 
@@ -404,9 +432,10 @@ def as_machine(vm: Any) -> LocalMachine | MPIMachine:
     """Return the machine for what a user passed as `vm`: None, a machine, or a communicator."""
     if vm is None:
         return LocalMachine()
-    if isinstance(vm, (LocalMachine, MPIMachine)):
-        return vm
-    return MPIMachine(vm)
+    machine = vm if isinstance(vm, (LocalMachine, MPIMachine)) else MPIMachine(vm)
+    if isinstance(machine, MPIMachine):
+        machine.check_presence()
+    return machine
 
 
 def check_launch(world_size: int, environ: dict[str, str]) -> None:

@@ -17,13 +17,15 @@ from concurrent.futures import Future, InvalidStateError, wait
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, ClassVar, Literal, NoReturn, Self
+from weakref import WeakSet
 
 import numpy as np
 
 from jd_hpc import calls
-from jd_hpc.executor import Executor, Results
+from jd_hpc.executor import Executor, LateError, Results
 from jd_hpc.futures_server import Hub
 from jd_hpc.guide import Guide
+from jd_hpc.machine import MPIMachine
 from jd_hpc.session import Session
 
 BEGIN_LIMIT_S = 5.0
@@ -100,6 +102,8 @@ class Pool:
         self.size: int = machine.slots if max_slaves is None else min(machine.slots, max_slaves)
         self.workers: set[int] = set(range(1, 1 + self.size)) if machine.size > 1 else {0}
         self._has_served = self._is_closed = False
+        self._slaves_leave = serve and Hub.current is None
+        self._imaps: WeakSet[Results] = WeakSet()  # those that somebody takes results from
         if self.is_master():
             self._session = self._executor.begin()
             Pool.current = self
@@ -128,6 +132,8 @@ class Pool:
         if self.is_worker():
             return self.wait()
         self._leave()
+        for results in list(self._imaps):
+            results.put_rest()
         return self._executor.shutdown(wait=False)
 
     def join(self) -> None:
@@ -159,6 +165,8 @@ class Pool:
         self._session.break_off(RuntimeError("the pool was terminated"), self.workers != {0}, begin_limit_s)
 
     def _leave(self) -> None:
+        if self._slaves_leave and isinstance(self._executor.machine, MPIMachine):
+            self._executor.machine.note_departure()
         self._is_closed = True
         if Pool.current is self:
             Pool.current = None
@@ -169,9 +177,11 @@ class Pool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> Literal[False]:
-        if error is None or self.is_worker():
-            self.close()
-            self.join()
+        if self.is_worker():
+            self.wait()
+        elif error is None:
+            self._leave()  # what imap has not read stays unread: it may be endless
+            self._executor.shutdown(wait=True)
         else:
             self._break_off(BEGIN_LIMIT_S)
         return False
@@ -231,7 +241,7 @@ class Pool:
 
         `callback` gets the list of the results, or `error_callback` the exception, in a thread of the pool's.
         """
-        return AsyncResult(self._map(func, iterable, chunksize, False).future, callback, error_callback)
+        return AsyncResult(self._map(func, _own(iterable), chunksize, False).future, callback, error_callback)
 
     def starmap_async(
         self,
@@ -242,18 +252,19 @@ class Pool:
         error_callback: Callable[[BaseException], object] | None = None,
     ) -> AsyncResult:
         """Have ``func(*member)`` called for all members: as `map_async`."""
-        return AsyncResult(self._map(func, iterable, chunksize, True).future, callback, error_callback)
+        return AsyncResult(self._map(func, _own(iterable), chunksize, True).future, callback, error_callback)
 
-    def imap(self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int = 1) -> Iterator[Any]:
+    def imap(self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int = 1) -> ImapIterator:
         """Return an iterator over the results of ``func(member)``, in order.
 
         The iterable is read as results are taken, and is ahead of them by at most 4 chunks for each slave: so it may be endless.
+        `close` reads the rest of it.
         """
-        return Results(self._running(), func, _cut(iterable, chunksize), LOOK_AHEAD * self.size).items(None)
+        return self._imap(Results, func, iterable, chunksize)
 
-    def imap_unordered(self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int = 1) -> Iterator[Any]:
+    def imap_unordered(self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int = 1) -> ImapIterator:
         """Return an iterator over the results as they come in: otherwise as `imap`."""
-        return _Unordered(self._running(), func, _cut(iterable, chunksize), LOOK_AHEAD * self.size).items(None)
+        return self._imap(_Unordered, func, iterable, chunksize)
 
     def apply(self, func: Callable[..., Any], args: Iterable[Any] = (), kwds: dict[str, Any] | None = None) -> Any:
         """Return ``func(*args, **kwds)``, called on a slave."""
@@ -284,10 +295,15 @@ class Pool:
         session = self._running()
         if chunksize is not None and chunksize < 1:
             raise ValueError(f"chunksize = {chunksize} must be at least 1")
-        members = iterable if type(iterable) in (list, tuple, range, np.ndarray) else list(iterable)
+        members = iterable if type(iterable) in (tuple, range, np.ndarray) else list(iterable)
         if chunksize is None and session.has_journal:
             chunksize = 1
         return _Map(session, func, members, Guide(self.size, chunksize), starred, is_heard)  # type: ignore[arg-type]
+
+    def _imap(self, kind: type[Results], func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int) -> ImapIterator:
+        results = kind(self._running(), func, _cut(iterable, chunksize), LOOK_AHEAD * self.size)
+        self._imaps.add(results)
+        return ImapIterator(results)
 
     def _running(self) -> Session:
         if self.is_worker():
@@ -322,6 +338,11 @@ def _world(comm: Any) -> Any:
     except (ImportError, RuntimeError):  # no MPI on this machine
         return None
     return MPI.COMM_WORLD
+
+
+def _own(iterable: Iterable[Any]) -> Iterable[Any]:
+    """Return what stays as it is while somebody goes on; `_map` itself copies lists."""
+    return iterable.copy() if isinstance(iterable, np.ndarray) else iterable
 
 
 def _cut(iterable: Iterable[Any], chunksize: int) -> Iterator[tuple[tuple[Any, ...], ...]]:
@@ -386,10 +407,11 @@ class AsyncResult:
         """
         self.wait(timeout)
         if not self.ready():
-            from multiprocessing import TimeoutError as NotReadyError  # what users of such pools catch
-
-            raise NotReadyError(f"no result after {timeout} s")
-        return self._future.result()
+            raise _not_ready(timeout)
+        try:
+            return self._future.result()
+        finally:
+            del self  # an exception's traceback holds this frame
 
     def wait(self, timeout: float | None = None) -> None:
         """Return when there is a result, or after `timeout` seconds."""
@@ -410,6 +432,53 @@ class AsyncResult:
         if not self.ready():
             raise ValueError("the call has not ended: ask ready() first, or wait()")
         return not self._future.cancelled() and self._future.exception() is None
+
+
+def _not_ready(timeout: float | None) -> Exception:
+    from multiprocessing import TimeoutError as NotReadyError  # what users of such pools catch
+
+    return NotReadyError(f"no result after {timeout} s")
+
+
+class ImapIterator:
+    """The results of `imap`. After a call that raised it goes on with those of the next chunk.
+
+    Parameters
+    ----------
+    results : Results
+        Where they come from.
+    """
+
+    def __init__(self, results: Results) -> None:
+        self._results = results
+        self._values: list[Any] = []  # of one chunk, the last one first
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Any:
+        return self.next()
+
+    def next(self, timeout: float | None = None) -> Any:
+        """Return the next result, or raise what its call raised.
+
+        Raises
+        ------
+        StopIteration
+            If there are no more.
+        multiprocessing.TimeoutError
+            If there is none after `timeout` seconds. It may come later.
+        """
+        end_s = None if timeout is None else time.monotonic() + timeout
+        while not self._values:
+            try:
+                self._values = self._results.values(end_s)
+            except LateError:
+                raise _not_ready(timeout) from None
+        return self._values.pop()
+
+    def __del__(self) -> None:
+        self._results.forsake()
 
 
 class _Map:
@@ -531,7 +600,10 @@ class _Unordered(Results):
         first = self._ahead[0]
         with self._done:
             while not self._ended and not first.is_done:
-                self._done.wait()
+                left_s = None if end_s is None else end_s - time.monotonic()
+                if left_s is not None and left_s <= 0:
+                    raise LateError
+                self._done.wait(left_s)
         chunk = self._ended.popleft() if self._ended else first
         self._ahead.remove(chunk)
         return chunk

@@ -316,8 +316,10 @@ class OpusOS:
 
     def finalize(self) -> None:
         """Let the slaves go, when they have ended what they do. What is left to do at the end of the program does it too."""
-        session, self._session, self._vm = self._session, None, None
+        session, self._session, vm, self._vm = self._session, None, self._vm, None
         if session is not None:
+            if vm is not None:
+                vm.machine.note_departure()
             self._is_final = True
             atexit.unregister(self.finalize)
             session.cancel()

@@ -3,6 +3,7 @@
 The rules it keeps:
 
 - A connection that ends is a process that is gone: its rank is lost.
+- A rank that said farewell will come to no run: it is lost to this one, unless it has left it in order.
 - Silence proves nothing: a silent rank is suspected, and taken on again as soon as it is heard.
 - A rank that beats but does not answer within the deadline of what it runs is suspected until it answers.
 - Nobody is judged by a master that was away itself: first it reads what came in meanwhile (of beats the listener knows).
@@ -10,6 +11,7 @@ The rules it keeps:
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -19,6 +21,8 @@ AWAY_S = 0.5
 """With longer between two ticks the master was busy elsewhere (a hook of the user's) ..."""
 CATCH_UP_S = 0.2
 """... and then takes so long to read what waits before it judges."""
+FAREWELL_S = 2.0
+"""A rank that has left the program is not waited for; what it said to the run before that may still be on its way for so long."""
 DEADLINE_CHECKS_S = 0.05
 """How often deadlines are looked at: it takes a walk through the ledger."""
 
@@ -34,8 +38,8 @@ class Verdict(NamedTuple):
     slave : int
         Its rank.
     what : str
-        "gone": its process ended; "lost": it has not reported for work, and is silent; "suspect": it is silent or late, and may
-        come back; "back": it did.
+        "gone": its process ended; "lost": it has not reported for work, and is silent, or it has left the program; "suspect": it is
+        silent or late, and may come back; "back": it did.
     how : str
         For the log, and for the history of a job's attempts.
     """
@@ -80,6 +84,7 @@ class Watch:
         self._deadlines_from = 0.0
         self._running: dict[int, tuple[int, float]] = {}  # slave → (order of the batch that it runs, since when)
         self._silent: dict[int, float] = {}  # suspected for silence → since when
+        self._left: dict[int, float] = {}  # said farewell to the program → known since
         self._overdue: dict[int, int] = {}  # suspected for its deadline → answers it had given by then
 
     def tick(self, now: float) -> list[Verdict]:
@@ -104,6 +109,11 @@ class Watch:
             verdicts.append(Verdict(rank, "gone", how))
             self._silent.pop(rank, None)
             self._overdue.pop(rank, None)
+        for rank in listener.left:
+            since = self._left.setdefault(rank, now)
+            if since < now - FAREWELL_S:
+                self._left[rank] = math.inf
+                verdicts.append(Verdict(rank, "lost", "it has left the program"))
         for rank in listener.silent(now, self._liveness_timeout_s):
             if rank not in self._silent:
                 self._silent[rank] = now

@@ -31,7 +31,7 @@ def test_executors_one_after_the_other(launch, size):
 
 @pytest.mark.parametrize(
     ("what", "code", "out"),
-    [("exit code", 7, "9\n"), ("nothing", 0, "nothing\n"), ("no shutdown", 0, "slept 0.5\n")],
+    [("exit code", 7, "9\n"), ("nothing", 0, "nothing\n"), ("no shutdown", 0, "slept 0.5\n"), ("nested", 0, "[[0], [0, 1, 4]]\n")],
 )
 def test_the_script_ends(launch, what, code, out):
     ended = launch(3, "futures_target.py", what, kind=Futures).wait()
@@ -43,6 +43,7 @@ def test_the_script_ends(launch, what, code, out):
     [
         ("two at once", "RuntimeError: another Executor is open"),
         ("broken", "failed outside a job: ValueError: no 1"),
+        ("fails on slaves", "failed outside a job: OSError: no such node"),
         ("uncaught", "ValueError: no 1"),
         ("interrupt", "KeyboardInterrupt"),
     ],

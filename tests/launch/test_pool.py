@@ -130,6 +130,18 @@ def test_a_pool_that_was_closed(launch):
     assert lines == ["ValueError the pool was closed: make another one, or close it later NoneType"] * 5 + ["end"]
 
 
+def test_nobody_waits_for_slaves_that_have_left(launch):
+    lines = lines_of(launch(3, "pool_target.py", "second pool").wait())
+    check_lines(lines, [r"then \[0, 1", *[r"LaunchError the slaves have left the program"] * 3, r"then \[0, 1, 4, 9, 16\]"])
+
+
+def test_slaves_that_left_on_their_own_are_lost(launch):
+    """The master did not know that they would; it does the work itself."""
+    ended = launch(3, "pool_target.py", "slaves have left").wait()
+    assert (ended.code, ended.out) == (0, SQUARES)
+    assert "slave 1 is lost: it has left the program" in ended.err
+
+
 def test_a_local_pool_inside_a_call(launch):
     assert lines_of(launch(3, "pool_target.py", "nested").wait()) == ["then [[0, 1], [1, 4], [4, 9]]", "end"]
 

@@ -348,3 +348,35 @@ def test_a_journal(comm, tmp_path):
         if used is not None:
             assert list(used.map(square, range(50))) == [i * i for i in range(50)]
     assert comm.bcast(pool.stats.get("from journal")) == 50
+
+
+def test_an_exception_that_was_caught_keeps_nothing(comm):
+    class Large:
+        pass
+
+    def raises(use):
+        kept = Large()
+        with pytest.raises(ZeroDivisionError):
+            use()
+        return weakref.ref(kept)
+
+    def use(pool):
+        gc.collect()
+        gc.disable()  # a cycle would be found in the end, and until then a caller's arrays take their memory
+        try:
+            return [raises(lambda: pool.submit(fail, 1).result())(), raises(lambda: list(pool.map(fail, [1, 2])))()]
+        finally:
+            gc.enable()
+
+    assert together(comm, use) == [None, None]
+
+
+def test_an_executor_is_entered_once(comm):
+    """On a second time all ranks hear of it, and none waits for the others."""
+    executor = Executor(comm)
+    with executor as pool:
+        if pool is not None:
+            pool.submit(square, 2).result()
+    with pytest.raises(RuntimeError, match="after shutdown"), executor:
+        pass
+    check_healthy(comm)

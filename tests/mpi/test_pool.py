@@ -183,7 +183,7 @@ def test_imap_is_lazy(comm, name, chunksize):
         endless = (asked.append(x) or x for x in itertools.count())
         results = getattr(pool, name)(square, endless, chunksize)
         first = [next(results) for _ in range(50)]
-        results.close()
+        del results
         return sorted(first) if name == "imap_unordered" else first, len(asked), pool.size, pool.map(square, [7])
 
     first, asked, size, after = together(comm, use)
@@ -192,6 +192,77 @@ def test_imap_is_lazy(comm, name, chunksize):
     assert len(set(first)) == 50
     assert asked <= 50 + (4 * size + 1) * chunksize
     assert after == [49]
+
+
+@pytest.mark.parametrize("name", ["imap", "imap_unordered"])
+def test_imap_goes_on_after_a_call_that_raised(comm, name):
+    def use(pool):
+        results, came, errors = getattr(pool, name)(fail_at_13, range(40)), [], 0
+        while True:
+            try:
+                came.append(next(results))
+            except StopIteration:
+                return came, errors
+            except ValueError:
+                errors += 1
+
+    came, errors = together(comm, use)
+    assert sorted(came) == [*range(13), *range(14, 40)]
+    assert errors == 1
+
+
+@pytest.mark.parametrize("name", ["imap", "imap_unordered"])
+def test_a_result_of_imap_may_be_waited_for(comm, name):
+    def use(pool):
+        results = getattr(pool, name)(nap, [0.5])
+        with pytest.raises(multiprocessing.TimeoutError):
+            results.next(timeout=0.01)
+        return results.next(timeout=20), next(results, "no more")
+
+    assert together(comm, use) == (0.5, "no more")
+
+
+@pytest.mark.parametrize("name", ["imap", "imap_unordered"])
+@pytest.mark.parametrize("joins", [False, True])
+def test_what_imap_has_begun_goes_on_after_close(comm, name, joins):
+    def use(pool):
+        results = getattr(pool, name)(square, iter(range(100)), 3)
+        pool.close()
+        if joins:
+            pool.join()
+        return sorted(results)
+
+    assert together(comm, use) == [x * x for x in range(100)]
+
+
+@pytest.mark.parametrize("name", ["imap", "imap_unordered"])
+def test_imap_ends_where_the_pool_has_ended(comm, name):
+    def use(pool):
+        results = getattr(pool, name)(square, itertools.count())
+        first = next(results)
+        pool.terminate()
+        for _ in range(100):
+            try:
+                next(results)
+            except StopIteration:
+                return first
+            except Exception as error:
+                assert type(error).__name__ in ("CancelledError", "BrokenExecutor", "RuntimeError")
+        return "no end"
+
+    assert together(comm, use) != "no end"
+
+
+def test_what_an_async_map_was_given_may_change(comm):
+    def use(pool):
+        naps, rows = [0.01] * 40, np.arange(40.0)
+        slow, fast = pool.map_async(nap, naps), pool.starmap_async(add, np.stack([rows, rows], axis=1))
+        rows_later = pool.map_async(square, rows)
+        naps.clear()
+        rows[:] = -1
+        return len(slow.get(20)), fast.get(20), rows_later.get(20)
+
+    assert together(comm, use) == (40, [2.0 * x for x in range(40)], [1.0 * x * x for x in range(40)])
 
 
 def test_imap_unordered_does_not_wait_for_the_slow(comm):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jd_hpc.scheduler import Scheduler
-from jd_hpc.survival import AWAY_S, CATCH_UP_S, Watch
+from jd_hpc.survival import AWAY_S, CATCH_UP_S, FAREWELL_S, Watch
 
 TIMEOUT_S = 2.0
 
@@ -16,6 +16,7 @@ class Signs:
     def __init__(self):
         self.events = []
         self.heard = {}
+        self.left = set()
 
     def poll(self, now):
         events, self.events = self.events, []
@@ -83,6 +84,14 @@ def test_comings_and_goings_in_order_are_no_loss(kind):
     world = World()
     world.signs.events = [(2, kind)]
     assert world.pass_time(0.02) == []
+
+
+def test_a_rank_that_left_the_program_is_not_waited_for():
+    """The run hears of it once, after what it may have said before that has come in."""
+    world = World()
+    world.signs.left.add(2)
+    assert world.pass_time(FAREWELL_S - 0.1) == []
+    assert world.pass_time(5.0) == [(2, "lost")]
 
 
 def test_a_rank_that_is_not_used_may_be_lost_too():

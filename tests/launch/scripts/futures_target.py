@@ -13,6 +13,10 @@ from jd_hpc import Executor, Pool
 what = sys.argv[1]
 
 
+if what == "fails on slaves" and __name__ != "__main__":
+    raise OSError("no such node")
+
+
 class Point:
     """An instance that is made on a slave is one of the master's class."""
 
@@ -41,6 +45,11 @@ def fail(x):
     raise ValueError(f"no {x}")
 
 
+def nest(count):
+    with Executor() as pool:
+        return list(pool.map(square, range(count)))
+
+
 def nap(seconds):
     time.sleep(seconds)
     return seconds
@@ -66,6 +75,12 @@ def use():
         with Executor() as pool:
             pool.submit(square, 1)
             Executor().submit(square, 2)
+    elif what == "nested":
+        with Executor() as pool:
+            print(list(pool.map(nest, [1, 3])))
+    elif what == "fails on slaves":
+        with Executor() as pool:
+            pool.submit(square, 1).result()
     elif what == "broken":
         with Executor(initializer=fail, initargs=(1,)) as pool:
             pool.submit(square, 1).result()

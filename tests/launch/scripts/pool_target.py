@@ -8,7 +8,7 @@ import time
 
 from script_helpers import RANK, note, say
 
-from jd_hpc import LocalMachine, Pool
+from jd_hpc import Executor, LocalMachine, Pool, dispatch
 
 what = sys.argv[1]
 if what == "no cloudpickle":
@@ -187,6 +187,24 @@ elif what == "slaves go on":
                 note(f"slave{RANK}", error)
             pool.wait()
     note(f"end{RANK}", "yes")
+elif what == "second pool":
+    with Pool() as pool:
+        say("then", pool.map(square, range(5)))
+    from mpi4py import MPI
+
+    caught(Pool)
+    caught(Executor, MPI.COMM_WORLD)
+    caught(dispatch, [(square, [1])], vm=MPI.COMM_WORLD)
+    say("then", Pool(LocalMachine()).map(square, range(5)))
+elif what == "slaves have left":
+    pool = Pool(serve=False)
+    if not pool.is_master():
+        pool.wait()
+        sys.exit(0)
+    pool.close()
+    pool.join()
+    with Pool() as pool:
+        say("then", pool.map(square, range(5)))
 elif what == "slaves do not wait":
     with Pool(serve=False) as pool:
         if not pool.is_master():
