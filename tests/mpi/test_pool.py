@@ -136,11 +136,16 @@ def test_starmap(comm):
 def test_map_calls_back_here_with_every_result(comm):
     def use(pool):
         here, seen = threading.current_thread(), []
-        results = pool.map(square, range(300), callback=lambda value: seen.append((value, threading.current_thread() is here)))
-        return results, sorted(seen)
+
+        def callback(value):
+            seen.append((value, threading.current_thread() is here))
+
+        by_name = pool.map(square, range(300), callback=callback)
+        in_its_place = pool.map(square, range(300), callback)  # schwimmbad's
+        return by_name, in_its_place, sorted(seen)
 
     squares = [x * x for x in range(300)]
-    assert together(comm, use) == (squares, [(value, True) for value in squares])
+    assert together(comm, use) == (squares, squares, [(value, True) for value in sorted(2 * squares)])
 
 
 def test_a_callback_that_raises_ends_the_map_alone(comm):
