@@ -168,6 +168,16 @@ def test_what_runs_for_ever_is_cut_off(ends, case):
         assert notes["saved"].startswith("0 ")
 
 
+@pytest.mark.parametrize("way", [Launch, Supervised])
+def test_a_script_that_fails_after_it_was_drained_is_no_unfinished_one(launch, way):
+    one = launch(RANKS, "drained.py", JOBS, 300, "sleep", json.dumps({"fails": True}), kind=way)
+    send(one, Case(way, (TERM, TERM), 0, 300))
+    ended = one.wait(LIMIT_S)
+    assert ended.code == 1, ended
+    assert " were cut off; exit code 85" in ended.err
+    assert "OSError: cannot write the report" in ended.err
+
+
 @pytest.mark.parametrize("number", [USR2, TERM])
 def test_the_process_of_isolated_jobs_leaves_the_signals_to_the_rank(launch, number):
     one = launch(2, "drained.py", 40, 0.05, "sleep", json.dumps({"isolate": True, "max_attempts": 1}))
