@@ -124,6 +124,7 @@ def main() -> int:
     else:
         code = 0
     ending.exit_with(code)
+    signals.let_go()
     return code
 
 
