@@ -61,3 +61,9 @@ def test_a_hook_that_raises_at_a_loss_hides_no_other_loss(launch):
     assert ended.code != 0, ended
     assert sorted(ended.out.splitlines()) == ["failed 2", "failed 3"], ended
     assert "OSError: a slave too few" in ended.err
+
+
+def test_a_slave_that_reports_for_a_run_and_dies_before_it_begins(launch):
+    ended = launch(3, "dies_between_runs.py", kind=Supervised).wait()
+    assert ended.code == 0, ended
+    assert "answer 100 328350 1\n" in ended.out, ended
