@@ -106,9 +106,9 @@ def main() -> int:
     from jd_hpc import ending, signals, supervisor  # the first to register an atexit hook is the last to run it
 
     supervised, words = parse(sys.argv[1:])
+    signals.remember()  # first: the supervisor passes on what comes as soon as it is there
     if supervised:
         supervisor.supervise()
-    signals.remember()
     try:
         run_program(words)
     except SystemExit as error:
@@ -124,6 +124,7 @@ def main() -> int:
     else:
         code = 0
     ending.exit_with(code)
+    signals.let_go()
     return code
 
 

@@ -298,6 +298,8 @@ cdef class Master(Deliverer):
 
     cdef int greet(self, int slave, dict facts) except -1:
         """A slave reports for work."""
+        if slave in self.dead:  # it did so before it died, and nobody will tell again that it is gone
+            return 0
         if not self.agrees(slave, facts):
             return 0
         if self.scheduler.on_ready(slave) < 0:

@@ -245,7 +245,10 @@ cdef class Survivor(Postmaster):
         logger.warning("slave %d is %s: %s; its %d jobs go to others", slave, "lost" if lost else "suspected", how, len(indices))
         self.attention = True
         if self.plan.on_slave_failed is not None and not self.stopping:
-            self.plan.on_slave_failed(slave, sorted(indices))
+            try:
+                self.plan.on_slave_failed(slave, sorted(indices))
+            except BaseException as error:  # raised by run_jobs: what else is known now, of other slaves, must not be lost by it
+                self.fail(error)
         return 0
 
     # ---- jobs go out again ---------------------------------------------------------------------------------------

@@ -457,7 +457,7 @@ def _seconds(name: str, value: float, zero: bool = False) -> float:
     if not isinstance(value, (int, float)):
         raise TypeError(f"{name} = {value!r} is no number of seconds")
     if not (0 < value < 1e9 or (zero and value == 0)):
-        raise ValueError(f"{name} = {value} is out of range: it is a number of seconds, more than 0")
+        raise ValueError(f"{name} = {value} is out of range: it is a number of seconds, more than 0 and less than 1e9")
     return float(value)
 
 

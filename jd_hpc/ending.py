@@ -47,6 +47,7 @@ class _Ending:
     others_gone: Callable[[], bool] | None = None
     grace_s = GRACE_S
     code: int | None = None
+    was_drained = False
     parts: ClassVar[list[Callable[[], object]]] = []
 
 
@@ -83,9 +84,14 @@ def exit_with(code: int) -> None:
     Not needed under ``python -m jd_hpc``, which knows it exactly. A plain script cannot see its own exit code in an atexit hook.
     What is known then: 1 after an uncaught exception, 130 after Ctrl-C, and what was given to `sys.exit` after the failure (also
     if somebody caught that SystemExit). Not known are ``raise SystemExit(code)``, ``exit(code)`` and a `sys.exit` that was
-    imported by name: these leave with 0 if `exit_with` was not called.
+    imported by name: these leave with 0, or with UNFINISHED if a run was drained, if `exit_with` was not called.
     """
     _Ending.code = code
+
+
+def drained() -> None:
+    """Say that a run has raised `Unfinished`: a plain script of which nothing else is known then leaves with UNFINISHED."""
+    _Ending.was_drained = True
 
 
 def status_of(code: object) -> int:
@@ -195,7 +201,9 @@ def _code_of_script() -> int:
     if _Ending.code is not None:
         return _Ending.code
     error = getattr(sys, "last_value", None)  # Python's own note of an uncaught exception
-    return 0 if error is None else 130 if isinstance(error, KeyboardInterrupt) else 1
+    if error is None:
+        return UNFINISHED if _Ending.was_drained else 0
+    return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 def before_end(part: Callable[[], object]) -> None:

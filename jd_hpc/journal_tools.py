@@ -145,8 +145,12 @@ def export(path: str, out: str | None) -> None:
         raise JournalWriteError(f"{out}: the name must end in {', '.join(writers)}, which says how it is written")
     with JournalReader(path) as reader:
         table = _load(reader)
+        if out is not None and Path(out).exists() and Path(out).samefile(path):
+            raise JournalWriteError(f"{out} is the journal itself; name another file")
         try:
             writers[end](reader, table, out)
+        except (OverflowError, ValueError) as error:
+            raise JournalWriteError(f"the results do not fit into {out}: {error}; export them as .csv") from error
         except OSError as error:
             if isinstance(error, BrokenPipeError):
                 raise

@@ -94,6 +94,8 @@ class JournalWriter:
         self._end = self._synced = 0
         self._renewed_s = self._synced_s = time.monotonic()
         self._owner = threading.current_thread()
+        if Path(path).exists() and not Path(path).is_file():  # /dev/null is as empty as a file that is to be made
+            raise JournalWriteError(f"the journal {path} is no plain file, and left as it is; name another file, or none")
         self._lock = JournalLock(path)
         self._thread = threading.Thread(target=self._run, name="jd_hpc journal")
         self._thread.start()  # from now on the lock gives signs of life

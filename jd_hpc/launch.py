@@ -44,6 +44,8 @@ HOST_WORDS = (
     "-rmk",
 )
 """mpiexec options by which users say where ranks go: then we do not."""
+AGAIN_S, LONG_S = 0.1, 3600.0
+"""How soon to look again for ranks that cannot take a signal yet, and when there are none."""
 DRAINS = (signal.SIGTERM, signal.SIGUSR2)
 PR_SET_PDEATHSIG = 1
 ALLOCATIONS = ("SLURM_JOB_ID", "PBS_NODEFILE", "LSB_HOSTS", "PE_HOSTFILE", "COBALT_NODEFILE")
@@ -216,26 +218,59 @@ def run(words: list[str], family: str) -> int:
             os.execv(words[0], words)
         finally:
             os._exit(127)
+    asked: dict[int, set[int]] = {}  # signals that not all ranks could take yet → those that have it
     while True:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
             code = os.waitstatus_to_exitcode(status)
             return code if code >= 0 else 128 - code
-        told = signal.sigwaitinfo({*passed_on, signal.SIGCHLD})
-        if told.si_signo in DRAINS:
-            ask_to_drain(child, told.si_signo, family)
-        elif told.si_signo in passed_on and not is_of_terminal(told):
+        told = signal.sigtimedwait({*passed_on, signal.SIGCHLD}, AGAIN_S if asked else LONG_S)
+        if told is not None and told.si_signo in DRAINS:
+            asked[told.si_signo] = set()
+        elif told is not None and told.si_signo in passed_on and not is_of_terminal(told):
             os.kill(child, told.si_signo)
+        asked = {number: have for number, have in asked.items() if not ask_to_drain(child, number, family, have)}
 
 
-def ask_to_drain(launcher_pid: int, number: int, family: str) -> None:
-    """Send the signal to the ranks of this node; to the launcher, as one that it passes on, if the master is elsewhere."""
+def ask_to_drain(launcher_pid: int, number: int, family: str, have: set[int]) -> bool:
+    """Send the signal to the ranks of this node; to the launcher, as one that it passes on, if the master is elsewhere.
+
+    A rank that has no supervisor yet would die of it, and an mpiexec that was told to bear deaths may then return 0.
+
+    Parameters
+    ----------
+    launcher_pid : int
+        The process of mpiexec.
+    number : int
+        The signal.
+    family : str
+        Of mpiexec.
+    have : set of int
+        The processes that have had it; those that get it now are added.
+
+    Returns
+    -------
+    bool
+        Whether nobody is left who must get it later.
+    """
     ranks = local_ranks(launcher_pid)
-    for pid in ranks.values():
-        with contextlib.suppress(ProcessLookupError):
+    for pid in set(ranks.values()) - have:
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            if not bears(pid, number):
+                continue
             os.kill(pid, number)
+        have.add(pid)
+    if not have.issuperset(ranks.values()):
+        return False
     if 0 not in ranks:
         os.kill(launcher_pid, signal.SIGUSR2 if family == "openmpi" else signal.SIGTERM)
+    return True
+
+
+def bears(pid: int, number: int) -> bool:
+    """Whether a process has blocked a signal, or handles it."""
+    fields = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("Sig"))
+    return bool((int(fields["SigBlk"], 16) | int(fields["SigCgt"], 16)) >> (number - 1) & 1)
 
 
 def local_ranks(launcher_pid: int) -> dict[int, int]:

@@ -276,7 +276,7 @@ class Run:
                 if slave.failed and (supervisor.is_there() or not slave.drained):
                     ending.failed("ranks of the run failed")
             if slave.drained:
-                ending.exit_with(ending.UNFINISHED)
+                ending.drained()
                 raise Unfinished("the master says so")
         finally:
             with channel.limited(dispatcher.job_timeout_s):
@@ -335,7 +335,7 @@ class Run:
         held = 0 if plan.order is None else plan.order.held  # they came in, but no hook has had them
         error = Unfinished(self._drain.reason, ended - held, put_back + held, cut_off)
         print(f"jd_hpc: {error}; exit code {error.code}", file=sys.stderr, flush=True)
-        ending.exit_with(error.CODE)
+        ending.drained()
         return error
 
     def _facts(self, slaves: int, **facts: Any) -> dict[str, Any]:

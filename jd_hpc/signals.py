@@ -81,6 +81,15 @@ def remember() -> None:
         signal.signal(signal.SIGUSR2, asked.note)
 
 
+def let_go() -> None:
+    """At the end of the program a USR2 has nothing to drain, and must not kill this rank while it finalizes MPI.
+
+    Python gives handlers of its own up before that; what is ignored stays so.
+    """
+    if signal.getsignal(signal.SIGUSR2) == asked.note:
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+
 class Notes:
     """While it is on, USR2 and TERM are noted.
 

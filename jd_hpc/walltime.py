@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable
+from numbers import Real
 
 from jd_hpc.errors import WalltimeError
 
@@ -113,9 +114,9 @@ class Walltime:
                 left_s = self._left()
             except Exception as error:
                 raise WalltimeError(f"the walltime function failed: {type(error).__name__}: {error}") from error
-            if not isinstance(left_s, (int, float)) or math.isnan(left_s):
+            if not isinstance(left_s, Real) or math.isnan(left_s):  # numpy's are some too
                 raise WalltimeError(f"the walltime function returned {left_s!r}. Cure: return the seconds that are left, a number")
-            self._hard_end_s = now + left_s - self._margin_s
+            self._hard_end_s = now + float(left_s) - self._margin_s
         return self._hard_end_s
 
 

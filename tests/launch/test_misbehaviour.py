@@ -6,7 +6,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from launch_helpers import SCRIPTS, Launched
+from launch_helpers import SCRIPTS, Launched, Supervised
 
 NONSENSE = re.findall(r'^        "(.*?)": ', (SCRIPTS / "says_nonsense.py").read_text(), re.MULTILINE)
 
@@ -54,3 +54,16 @@ def test_a_job_waits_for_the_only_slave_to_come_back(launch):
     ended = launch(2, "stops_a_while.py", kind=Launched).wait()
     assert ended.code == 0, ended
     assert "answer 100 328350 1" in ended.out, ended  # and no job was given up
+
+
+def test_a_hook_that_raises_at_a_loss_hides_no_other_loss(launch):
+    ended = launch(4, "cannot_bear_losses.py", kind=Supervised).wait()
+    assert ended.code != 0, ended
+    assert sorted(ended.out.splitlines()) == ["failed 2", "failed 3"], ended
+    assert "OSError: a slave too few" in ended.err
+
+
+def test_a_slave_that_reports_for_a_run_and_dies_before_it_begins(launch):
+    ended = launch(3, "dies_between_runs.py", kind=Supervised).wait()
+    assert ended.code == 0, ended
+    assert "answer 100 328350 1\n" in ended.out, ended

@@ -169,6 +169,40 @@ def test_what_runs_for_ever_is_cut_off(ends, case):
 
 
 @pytest.mark.parametrize("number", [USR2, TERM])
+def test_a_signal_while_ranks_start(launch, tmp_path, number):
+    """Where Python takes its time to start, there is nobody yet who could be drained."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, time\n"
+        "rank = os.environ.get('PMIX_RANK', os.environ.get('PMI_RANK'))\n"
+        "if rank is not None:\n"
+        "    open(f'note.starts{rank}', 'w').write('\\n')\n"
+        "    time.sleep(2)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    one = launch(3, "drained.py", JOBS, 0.1, "sleep", "{}", kind=Launched, PYTHONPATH=path)
+    for rank in range(3):
+        one.read(f"note.starts{rank}")
+    one.process.send_signal(number)
+    ended = one.wait(LIMIT_S)
+    assert ended.out == ""
+    if number == USR2:  # is remembered for the run
+        assert ended.code == 85, ended
+        assert "jd_hpc: drained (SIGUSR2 at rank " in ended.err
+    else:
+        assert ended.code not in (0, 85), ended
+
+
+@pytest.mark.parametrize("way", [Launch, Supervised])
+def test_a_script_that_fails_after_it_was_drained_is_no_unfinished_one(launch, way):
+    one = launch(RANKS, "drained.py", JOBS, 300, "sleep", json.dumps({"fails": True}), kind=way)
+    send(one, Case(way, (TERM, TERM), 0, 300))
+    ended = one.wait(LIMIT_S)
+    assert ended.code == 1, ended
+    assert " were cut off; exit code 85" in ended.err
+    assert "OSError: cannot write the report" in ended.err
+
+
+@pytest.mark.parametrize("number", [USR2, TERM])
 def test_the_process_of_isolated_jobs_leaves_the_signals_to_the_rank(launch, number):
     one = launch(2, "drained.py", 40, 0.05, "sleep", json.dumps({"isolate": True, "max_attempts": 1}))
     one.read("note.running")

@@ -15,7 +15,7 @@ from jd_hpc import ending
 @pytest.fixture(autouse=True)
 def nothing_failed(monkeypatch):
     """Each test begins without a failure, and leaves none behind for the end of pytest itself."""
-    for name, value in {"why": None, "pid": 0, "others_gone": None, "code": None}.items():
+    for name, value in {"why": None, "pid": 0, "others_gone": None, "code": None, "was_drained": False}.items():
         monkeypatch.setattr(ending._Ending, name, value)
     monkeypatch.setattr(sys, "exit", sys.exit)
     monkeypatch.delattr(sys, "last_value", raising=False)
@@ -44,8 +44,18 @@ def test_what_a_plain_script_exits_with():
     assert ending._code_of_script() == 5
 
 
+def test_what_a_drained_run_leaves_with():
+    ending.drained()
+    assert ending._code_of_script() == 85
+    ending.exit_with(0)
+    assert ending._code_of_script() == 0
+
+
+@pytest.mark.parametrize("drained", [False, True])
 @pytest.mark.parametrize(("error", "code"), [(ValueError(), 1), (KeyboardInterrupt(), 130)])
-def test_uncaught_exceptions(monkeypatch, error, code):
+def test_uncaught_exceptions(monkeypatch, error, code, drained):
+    if drained:  # and Unfinished was caught
+        ending.drained()
     monkeypatch.setattr(sys, "last_value", error, raising=False)
     assert ending._code_of_script() == code
 

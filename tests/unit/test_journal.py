@@ -403,6 +403,14 @@ def test_the_environment_names_a_journal(path, tmp_path, monkeypatch):
     assert names(tmp_path) == ["a.journal"]
 
 
+def test_what_is_no_plain_file_stays_as_it_is(path):
+    os.mkfifo(path)  # as empty as /dev/null is
+    with pytest.raises(JournalWriteError, match="is no plain file, and left as it is"):
+        squares(3).run(journal=path)
+    assert path.is_fifo()
+    assert list(path.parent.iterdir()) == [path]
+
+
 def test_one_file_has_one_lock_whatever_it_is_called(path, tmp_path):
     (tmp_path / "link").symlink_to(path)
 

@@ -89,6 +89,25 @@ def test_errors_are_one_line(path, call, tmp_path):
     assert "is there already" in err
 
 
+def test_a_journal_is_not_exported_into_itself(tmp_path, call):
+    path = tmp_path / "results.csv"
+    squares(2).run(journal=path)
+    before = path.read_bytes()
+    code, _, err = call("export", path, path)
+    assert code == 2
+    assert "is the journal itself; name another file" in err
+    assert path.read_bytes() == before
+
+
+def test_results_that_do_not_fit(path, call, tmp_path):
+    pytest.importorskip("pyarrow")
+    Counted([1, 2], lambda job: 2**80 + job).run(journal=path)
+    code, _, err = call("export", path, tmp_path / "a.parquet")
+    assert code == 2
+    assert "the results do not fit into " in err
+    assert "export them as .csv" in err
+
+
 # ---- export ----------------------------------------------------------------------------------------------------------
 
 

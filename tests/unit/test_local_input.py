@@ -220,6 +220,7 @@ def test_a_dtype_that_cannot_travel(name):
         ({"heartbeat_s": -1}, "heartbeat_s = -1"),
         ({"liveness_timeout_s": 0.5, "heartbeat_s": 0.5}, "at least twice heartbeat_s"),
         ({"liveness_timeout_s": float("inf")}, "liveness_timeout_s = inf"),
+        ({"job_timeout_s": 1e10}, "job_timeout_s = 10000000000.0 is out of range: .*less than 1e9"),
         ({"memory_limit": 1 << 30}, "memory_limit needs isolate"),
         ({"memory_limit": 1000, "isolate": True}, "memory_limit = 1000"),
     ],

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -104,3 +107,21 @@ def test_outside_the_main_thread_nothing_is_changed(link):
     thread.start()
     thread.join(timeout=30)
     assert seen == [True]
+
+
+def test_a_signal_while_mpi_is_finalized_does_not_kill():
+    program = (
+        "import atexit, ctypes\n"
+        # called where mpi4py finalizes MPI: when Python is gone
+        "ctypes.pythonapi.Py_AtExit(ctypes.cast(ctypes.CDLL(None).getchar, ctypes.c_void_p))\n"
+        "atexit.register(print, 'ends', flush=True)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-m", "jd_hpc", "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ends\n"
+        time.sleep(0.5)
+        process.send_signal(signal.SIGUSR2)
+        process.communicate("\n", timeout=30)
+    assert process.returncode == 0

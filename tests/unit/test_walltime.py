@@ -133,6 +133,12 @@ def test_a_function_that_returns_nonsense(answer):
         Drain(1, 2, Walltime(lambda: answer, 0.0)).tick(0)
 
 
+@pytest.mark.parametrize("answer", [np.int64(50), np.float32(50), 50, True, -math.inf])
+def test_any_number_is_one(answer):
+    drain = Drain(1, 2, Walltime(lambda: answer, 0.0))
+    assert tick(drain, 0) == (2 if answer > 0 else 0)
+
+
 def test_a_function_that_fails():
     with pytest.raises(WalltimeError, match="the walltime function failed: ZeroDivisionError"):
         Drain(1, 2, Walltime(lambda: 1 / 0, 0.0)).tick(0)
