@@ -185,7 +185,7 @@ def test_other_files_are_refused(tmp_path):
     assert not (tmp_path / "other.lock").exists()
     with pytest.raises(JournalWriteError, match="cannot be opened"):
         JournalReader(str(tmp_path / "none"))
-    with pytest.raises(JournalWriteError, match="cannot be"):
+    with pytest.raises(JournalWriteError, match="is no plain file"):
         squares(3).run(journal=tmp_path)
     with pytest.raises(JournalWriteError, match=r"needs the folder .*nowhere, which is not there"):
         squares(3).run(journal=tmp_path / "nowhere" / "a")
