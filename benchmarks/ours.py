@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from jd_hpc import JobDispatcher, map_array
 
 RESULT = 1.5
-TURNS = 5  # of `map`
+TURNS = 9  # of `map`
 BLOCK = 4096  # jobs are made this many at a time, as in reference.c
 KERNEL = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
 Record = dict[str, Any]
@@ -304,18 +304,27 @@ def timed(sweep: Measured, seconds: float, trial: int, at_most: int) -> Record |
 
 
 def run_map(grain: int, credit: int, seconds: float) -> Record | None:
-    """map_array and block hooks by hand, in turn and in the same processes: where these run is the same for both."""
-    sweeps = [form(vm=MPI.COMM_WORLD, grain=grain or 1, credit=credit) for form in (MapForm, HandForm)]
-    records: list[list[Record | None]] = [[], []]
-    for turn in range(TURNS):
+    """map_array and block hooks by hand, as many jobs in turn and in the same processes: where these run is the same for both."""
+    comm = MPI.COMM_WORLD
+    is_master = comm.Get_rank() == 0
+    sweeps = [form(vm=comm, grain=grain or 1, credit=credit) for form in (MapForm, HandForm)]
+    probe = timed(sweeps[1], seconds, 20_000, 20_000_000)
+    count = 0 if probe is None else int(probe["jobs"])
+    times: list[list[float]] = [[], []]
+    for turn in range(1 + TURNS):
         for which in (0, 1) if turn % 2 else (1, 0):
-            records[which].append(timed(sweeps[which], seconds, 20_000, 20_000_000))
-    rates = [[record["run_rate"] for record in some if record is not None] for some in records]
-    if not rates[0]:
+            sweeps[which].prepare(count)
+            comm.Barrier()
+            start = time.perf_counter()
+            sweeps[which].run()
+            times[which].append(time.perf_counter() - start)
+            if is_master:
+                sweeps[which].check()
+    if not is_master:
         return None
-    ratios = [ours / theirs for ours, theirs in zip(*rates, strict=True)]
-    ours, theirs, ratio = (statistics.median(some) for some in (*rates, ratios))
-    return {"run_rate": ours, "hand_rate": theirs, "ratio": ratio, "ratios": ratios}
+    ratios = [theirs / ours for ours, theirs in zip(times[0][1:], times[1][1:], strict=True)]  # the first turn is to warm up
+    ours, theirs = (count / statistics.median(some[1:]) for some in times)
+    return {"run_rate": ours, "hand_rate": theirs, "ratio": statistics.median(ratios), "ratios": ratios, "jobs": count}
 
 
 def resident_mb() -> tuple[float, float]:

@@ -35,8 +35,8 @@ PART_LOOK_S = 0.002
 LEAST_HEARTBEAT_S = 0.02
 TAG_NEWS = 2
 """Of `Channel.tell`; wire.py has the other tags."""
-HEAR_FIRST_S, HEAR_MOST_S = 1e-5, 0.005
-"""The pauses of `Channel.hear`, which grow: the master may come late, or a rank wait for long."""
+HEAR_LEAST_S, HEAR_MOST_S = 1e-5, 0.005
+"""The pauses of `Channel.hear`, a tenth of what it has waited: the master may come late, or a rank wait for long."""
 FIRST_HEARTBEAT_S = 0.5
 """Before the first run."""
 
@@ -314,12 +314,11 @@ class Channel:
         run = -1
         try:
             while run < self.run:  # else it was told before a run that went on without this rank
-                pause_s = HEAR_FIRST_S
+                begin_s = time.monotonic()
                 while not self.comm.Iprobe(0, TAG_NEWS, status):
                     if beat is not None and not beat.alive:
                         raise MasterLostError
-                    time.sleep(pause_s)
-                    pause_s = min(2 * pause_s, HEAR_MOST_S)
+                    time.sleep(min(max(0.1 * (time.monotonic() - begin_s), HEAR_LEAST_S), HEAR_MOST_S))
                 news = bytearray(status.Get_count(MPI.BYTE))
                 self.comm.Recv([news, MPI.BYTE], 0, TAG_NEWS)
                 run, value = pickle.loads(news)
