@@ -16,7 +16,7 @@ cdef class Sharer(Postal):
     cdef int64_t shared_bytes
     cdef cnp.ndarray shared_data        # the packed value
     cdef list shares                    # all answers, until the end of the run: MPI may read them, and the data
-    cdef set gone_seen
+    cdef tuple gone_seen
 
     def share(self, cnp.ndarray data, int64_t size, address):
         """The value is there: `size` bytes, padded as a body is."""
@@ -32,8 +32,8 @@ cdef class Sharer(Postal):
 
     cdef int look_for_keepers(self, set dead, set missing) except -1:
         """Another rank takes the place of one that is gone."""
-        if self.sharing is not None and dead | missing != self.gone_seen:
-            self.gone_seen = dead | missing
+        if self.sharing is not None and (dead, missing) != self.gone_seen:  # one that was missing may die
+            self.gone_seen = dead.copy(), missing.copy()
             self.sharing.lose(dead, missing)
             self.send_shares()
         return 0
