@@ -15,11 +15,10 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from jd_hpc import calls, futures_server
 from jd_hpc.machine import LocalMachine, MPIMachine
-from jd_hpc.session import Server, Session
+from jd_hpc.session import OVER, Server, Session
 
 T = TypeVar("T")
 
-OVER = "cannot schedule new futures after shutdown"
 NAP_S = 0.0005
 """How long whoever reads results sleeps while they come in faster than this."""
 
@@ -448,14 +447,14 @@ class Results:
     def _wait(self, chunk: _Chunk, end_s: float | None) -> None:
         self._naps.before_waiting()
         self._awaited = chunk  # before the look: `note` looks after it has changed what we look at
-        with self._done:
-            while not chunk.is_done:
-                left_s = None if end_s is None else end_s - time.monotonic()
-                if left_s is not None and left_s <= 0:
-                    raise LateError
-                self._done.wait(left_s)
+        self._wait_for(lambda: chunk.is_done, end_s)
         self._awaited = None
         self._naps.after_waiting()
+
+    def _wait_for(self, is_there: Callable[[], object], end_s: float | None) -> None:
+        with self._done:
+            if not self._done.wait_for(is_there, None if end_s is None else end_s - time.monotonic()):
+                raise LateError
 
     def _next(self, end_s: float | None) -> _Chunk:
         """Take the chunk whose turn it is, when it has ended."""

@@ -276,12 +276,7 @@ class Unordered(Results):
     def _next(self, end_s: float | None) -> Any:
         """Take the chunk that ended first; one that never began has its turn when it is the first of all."""
         first = self._ahead[0]
-        with self._done:
-            while not self._ended and not first.is_done:
-                left_s = None if end_s is None else end_s - time.monotonic()
-                if left_s is not None and left_s <= 0:
-                    raise LateError
-                self._done.wait(left_s)
+        self._wait_for(lambda: self._ended or first.is_done, end_s)
         chunk = self._ended.popleft() if self._ended else first
         self._ahead.remove(chunk)
         return chunk

@@ -36,6 +36,7 @@ BUNDLE_BYTES = 1 << 16
 """What they weigh together, if they are more than one."""
 BEGIN_WAIT_S = 1.0
 """How long `cancel` lets a run that is just beginning give out something."""
+OVER = "cannot schedule new futures after shutdown"
 TOO_HEAVY = "a call of {} bytes is over payload_limit = {}; raise it, or have the function read what is large from a file"
 
 
@@ -309,7 +310,7 @@ class Session:
             raise self._error
         if self._error is not None:
             raise BrokenExecutor(f"the run has ended: {type(self._error).__name__}: {self._error}") from self._error
-        raise RuntimeError("cannot schedule new futures after shutdown")
+        raise RuntimeError(OVER)
 
     def cancel(self) -> None:
         """Forget what has not gone out. A run that is just beginning may give out something first: then it is known to work."""
